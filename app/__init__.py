@@ -1,0 +1,1 @@
+"""The service: an image over HTTP in, a label or a vector out."""

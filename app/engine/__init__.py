@@ -1,0 +1,1 @@
+"""Dynamic batching: requests in, replies out."""

@@ -1,0 +1,1 @@
+"""What speaks HTTP: routes, schemas, errors, middleware."""

@@ -1,0 +1,327 @@
+"""The model package: a directory with a graph, a manifest, labels and proof; no torch.
+
+caformer_digits/
+    manifest.json         what it is, the hash of every other file, the verification figures
+    model.onnx            uint8 (N, S, S, 3) -> logits float32 (N, C), embedding float32 (N, D)
+    weights.safetensors   for the torch backend
+    labels.txt            one label a line, in class order
+    golden.npz            what torch in float32 answers to `golden_images`
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from models.variants import (
+    Activation,
+    Architecture,
+    BlockNorm,
+    Head,
+    Mixer,
+    ResidualScaling,
+)
+
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+WEIGHTS = "weights.safetensors"
+LABELS = "labels.txt"
+GOLDEN = "golden.npz"
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Triple = tuple[float, float, float]
+
+
+class PackageError(Exception):
+    """A package that cannot be used; the message is one sentence that says why."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class InputSpec(_Frozen):
+    """How an image becomes the network's input.
+
+    Attributes:
+        size: side of the square input in pixels.
+        crop_pct: share of the resized shorter side that the centre crop keeps.
+        interpolation: the resampling filter, on 8-bit pixels with antialiasing.
+        mean: per channel, of pixels in 0..1; inside the graph.
+        std: likewise.
+    """
+
+    size: Annotated[int, Field(ge=1, le=4096)]
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+
+class ArchitectureSpec(_Frozen):
+    """An `Architecture` as the manifest writes it down."""
+
+    name: str
+    depths: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+    mixers: tuple[Mixer, Mixer, Mixer, Mixer]
+    norm: BlockNorm
+    head: Head
+    activation: Activation
+    residual_scaling: ResidualScaling
+    scaled_stages: tuple[int, ...]
+    block_bias: bool
+    head_dim: int
+    input_size: int
+
+    def to_architecture(self) -> Architecture:
+        """Return the dataclass the network is built from."""
+        return Architecture(**self.model_dump())
+
+
+class Source(_Frozen):
+    """Where the weights came from."""
+
+    file: str
+    sha256: Sha256
+    layout: Literal["timm", "official"]
+
+
+class Verification(_Frozen):
+    """How far the graph is from the torch model in float32, over batches 1, 2 and 5.
+
+    Attributes:
+        max_abs_logit_difference: largest absolute difference of any logit.
+        max_rel_logit_difference: that, relative to the largest logit of the same image.
+        max_embedding_cosine_distance: 1 - cosine similarity, largest over images.
+        top1_agreement: share of images with the same best class, 0..1.
+        batch_dependence: largest difference of a logit of the same image between batch sizes.
+        logit_tolerance: the bound that `max_abs_logit_difference` had to keep.
+        images: how many fixed images were compared.
+        runtime: what ran the graph, for example `onnxruntime 1.32.0 CPUExecutionProvider`.
+    """
+
+    max_abs_logit_difference: float
+    max_rel_logit_difference: float
+    max_embedding_cosine_distance: float
+    top1_agreement: float
+    batch_dependence: float
+    logit_tolerance: float
+    images: int
+    runtime: str
+
+
+class Evaluation(_Frozen):
+    """Accuracy measured on data the weights never saw.
+
+    Attributes:
+        dataset: which data, in words.
+        images: how many.
+        correct: how many the packaged graph classified correctly.
+        top1: the same as a share, 0..1.
+    """
+
+    dataset: str
+    images: int
+    correct: int
+    top1: float
+
+
+class Manifest(_Frozen):
+    """`manifest.json`, format 1; the fields are the contract with every tool that reads it."""
+
+    format: Literal[1] = 1
+    name: ModelName
+    version: ModelName
+    variant: str
+    architecture: ArchitectureSpec
+    classes: Annotated[int, Field(ge=1)]
+    embedding_dim: Annotated[int, Field(ge=1)]
+    head_norm_eps: Annotated[float, Field(gt=0)]
+    input: InputSpec
+    precision: Literal["fp32", "fp16", "bf16"]
+    opset: int
+    tools: dict[str, str]
+    files: dict[FileName, Sha256]
+    source: Source
+    verification: Verification
+    evaluation: Evaluation | None = None
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk with its manifest read."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file."""
+        return self._require(MODEL, "the onnxruntime backend")
+
+    @property
+    def weights_path(self) -> Path:
+        """The weights for the torch backend."""
+        return self._require(WEIGHTS, "the torch backend")
+
+    @cached_property
+    def labels(self) -> tuple[str, ...] | None:
+        """One label a class, or None where the package has none.
+
+        Raises:
+            PackageError: there are more or fewer labels than classes.
+        """
+        if LABELS not in self.manifest.files:
+            return None
+        return parse_labels(self.path / LABELS, self.manifest.classes)
+
+    @cached_property
+    def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits (N, C) and embeddings (N, D) of torch in float32 for `golden_images`."""
+        with np.load(self._require(GOLDEN, "the check at start"), allow_pickle=False) as arrays:
+            return arrays["logits"], arrays["embedding"]
+
+    def check_files(self) -> None:
+        """Compare every file with its hash in the manifest.
+
+        Raises:
+            PackageError: a file is missing, damaged or exchanged.
+        """
+        for name, expected in self.manifest.files.items():
+            try:
+                actual = sha256_file(self.path / name)
+            except OSError as error:
+                raise PackageError(
+                    f"package {self.path}: {name} cannot be read ({error.strerror}); copy it again"
+                ) from error
+            if actual != expected:
+                raise PackageError(
+                    f"package {self.path}: {name} is not the file the manifest describes "
+                    f"(sha256 {actual[:12]}..., expected {expected[:12]}...); copy it again"
+                )
+
+    def _require(self, name: str, purpose: str) -> Path:
+        if name not in self.manifest.files:
+            raise PackageError(
+                f"package {self.path} holds no {name}, which {purpose} needs; export it again"
+            )
+        return self.path / name
+
+
+def open_package(path: Path) -> Package:
+    """Read a package's manifest; file hashes are checked by `Package.check_files`.
+
+    Raises:
+        PackageError: no package, or a manifest this version does not understand.
+    """
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        raise PackageError(f"{path} is no model package: it holds no {MANIFEST}")
+    try:
+        manifest = Manifest.model_validate_json(manifest_path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise PackageError(f"{manifest_path}: {where}: {first['msg']}") from error
+    except OSError as error:
+        raise PackageError(f"{manifest_path} cannot be read: {error.strerror}") from error
+    return Package(path, manifest)
+
+
+def find_package(model: str, store: Path | None = None) -> Path:
+    """Resolve what `METASERVE_MODEL` says: a directory, a name in the store, or an embedded name.
+
+    Raises:
+        PackageError: nothing of that name; the sentence lists what there is.
+    """
+    candidates = [Path(model)] if "/" in model or model.startswith(".") else []
+    if not candidates:
+        candidates = [root / model for root in (store, PRETRAINED) if root is not None]
+        candidates.append(Path(model))
+    for candidate in candidates:
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    known = sorted(
+        {
+            manifest.parent.name
+            for root in (store, PRETRAINED)
+            if root is not None
+            for manifest in root.glob(f"*/{MANIFEST}")
+        }
+    )
+    raise PackageError(
+        f"there is no model package {model!r}; give a package directory or one of: "
+        f"{', '.join(known) or 'none found'}"
+    )
+
+
+def parse_labels(path: Path, classes: int) -> tuple[str, ...]:
+    """Read one label a line.
+
+    Raises:
+        PackageError: not UTF-8, or another number of lines than classes.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"labels file {path} cannot be read as UTF-8 text: {error}") from error
+    if len(lines) != classes:
+        raise PackageError(f"{path} holds {len(lines)} labels for {classes} classes")
+    return tuple(lines)
+
+
+def golden_images(size: int, count: int = 5) -> NDArray[np.uint8]:
+    """Return the fixed inputs of the proof.
+
+    Smooth colour ramps under increasing noise. The noise comes from SHAKE-256, so the same bytes
+    come out on every machine and with every version of every library.
+
+    Returns:
+        uint8 (count, size, size, 3).
+    """
+    y, x = np.mgrid[0:size, 0:size].astype(np.int64)
+    images = np.empty((count, size, size, 3), np.uint8)
+    for index in range(count):
+        noise_bytes = hashlib.shake_256(f"metaserve {index}".encode()).digest(size * size * 3)
+        noise = np.frombuffer(noise_bytes, np.uint8).reshape(size, size, 3).astype(np.int64)
+        ramps = np.stack(
+            [
+                (x * 255) // max(size - 1, 1),
+                (y * 255) // max(size - 1, 1),
+                ((x + y + index * size // 3) * 255 // size) % 256,
+            ],
+            axis=-1,
+        )
+        images[index] = (ramps * (count - index) + noise * (index + 1)) // (count + 1)
+    return images
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path) -> Mapping[str, str]:
+    """Return name -> SHA-256 of every file in a package folder but the manifest."""
+    return {
+        path.name: sha256_file(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
