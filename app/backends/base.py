@@ -1,0 +1,58 @@
+"""What every backend promises: a batch of pixels in, rows of numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.types import Batch, Rows
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend runs and where.
+
+    Attributes:
+        name: as in `METASERVE_BACKEND`.
+        device: for example `cpu` or `cuda:0`.
+        precision: of the weights, for example `fp32`.
+        runtime: library, version and path in use, in words.
+        input_size: S of the uint8 (N, S, S, 3) batches it takes.
+        classes: length of a logits row.
+        embedding_dim: length of an embedding row.
+        batches_in_flight: how many batches may run at once, each in a thread of its own.
+    """
+
+    name: str
+    device: str
+    precision: str
+    runtime: str
+    input_size: int
+    classes: int
+    embedding_dim: int
+    batches_in_flight: int = 1
+
+
+class Backend(Protocol):
+    """Runs the network; called from the threads of `EngineCore` only."""
+
+    info: BackendInfo
+
+    def run(self, batch: Batch) -> Rows:
+        """Answer a batch; blocks.
+
+        Args:
+            batch: uint8 (N, S, S, 3), RGB, C-contiguous.
+
+        Returns:
+            Rows in the order of the batch, in arrays that no later call touches.
+
+        Raises:
+            ServiceError: to be handed to every caller of the batch as it is.
+            Exception: anything else; the engine looks for the image that caused it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the backend holds; no `run` comes afterwards."""
+        ...

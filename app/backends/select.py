@@ -1,0 +1,44 @@
+"""A name from the settings becomes a backend; imports only the one asked for."""
+
+from __future__ import annotations
+
+from app.backends.base import Backend
+from app.errors import StartupError
+from app.settings import Settings
+from models.package import Package
+
+
+def select_backend(settings: Settings, package: Package, threads: int) -> Backend:
+    """Start the backend that the settings name, with its weights loaded.
+
+    Raises:
+        StartupError: it cannot run here; the sentence says what is missing.
+        PackageError: the package lacks what the backend needs.
+    """
+    match settings.backend:
+        case "onnxruntime":
+            from app.backends.ort import OnnxRuntimeBackend
+
+            provider = settings.ort_provider
+            if provider == "auto" and settings.device != "auto":
+                provider = settings.device
+            return OnnxRuntimeBackend(package, provider, threads)
+        case "torch":
+            from app.backends.pytorch import TorchBackend
+
+            return TorchBackend(package, settings.device, threads)
+        case "fake":
+            from app.backends.fake import FakeBackend
+
+            manifest = package.manifest
+            return FakeBackend(
+                manifest.input.size,
+                manifest.classes,
+                manifest.embedding_dim,
+                seconds=settings.fake_batch_ms / 1000,
+            )
+        case _:
+            raise StartupError(
+                f"this version has no {settings.backend} backend yet; "
+                "set METASERVE_BACKEND to onnxruntime or torch"
+            )

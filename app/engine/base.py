@@ -1,0 +1,57 @@
+"""The engine's promise to HTTP code, whoever keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.types import Pixels, Row
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """How an engine fares.
+
+    Attributes:
+        queue_depth: images waiting for a batch.
+        in_flight: images in running batches.
+        predicted_wait_seconds: what an image that came now would wait for its batch.
+        stalled_seconds: how long work has been pending without anything completing.
+        last_error: the backend's last failure in words, None after a batch that went well.
+    """
+
+    queue_depth: int
+    in_flight: int
+    predicted_wait_seconds: float
+    stalled_seconds: float
+    last_error: str | None
+
+
+class Engine(Protocol):
+    """Answers images with rows, batching them as it sees fit."""
+
+    async def infer(self, pixels: Pixels, *, deadline: float) -> Row:
+        """Answer one image.
+
+        Args:
+            pixels: uint8 (S, S, 3).
+            deadline: absolute `time.monotonic()` seconds.
+
+        Raises:
+            Refused: at once, when the image cannot be answered in time or the engine closes.
+            DeadlineExceeded: when the deadline passes first.
+            InferenceFailed: the backend failed on this image.
+        """
+        ...
+
+    def check_admission(self, deadline: float) -> None:
+        """Raise what `infer` would raise now, before any work is spent on an image."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """Return how the engine fares."""
+        ...
+
+    async def aclose(self) -> None:
+        """Refuse new images, answer the admitted ones, stop."""
+        ...

@@ -1,0 +1,87 @@
+"""A package becomes a warm engine: hashes, backend, golden outputs, batch sizes timed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.backends.base import Backend
+from app.engine.timing import ServiceTimes
+from app.types import Batch
+from models.package import Package, PackageError, golden_images
+
+log = logging.getLogger("metaserve.engine")
+
+# The package's tolerance was kept on the machine that exported it; other processors add in other
+# orders. A wrong graph or a damaged library is off by much more than ten times that.
+START_TOLERANCE_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class GoldenCheck:
+    """How this machine's answers to the golden images differ from torch in float32.
+
+    Attributes:
+        max_abs_logit_difference: over all golden images and both batch sizes.
+        batch_dependence: largest difference of a logit between an image alone and in a batch.
+    """
+
+    max_abs_logit_difference: float
+    batch_dependence: float
+
+
+def check_golden(backend: Backend, package: Package) -> GoldenCheck:
+    """Reproduce the package's golden outputs, alone and in one batch.
+
+    Raises:
+        PackageError: the answers differ by more than the package's tolerance allows.
+    """
+    logits, _ = package.golden
+    images = golden_images(package.manifest.input.size, len(logits))
+    together = backend.run(images).logits
+    alone = np.concatenate([backend.run(images[i : i + 1]).logits for i in range(len(images))])
+    difference = float(max(np.abs(together - logits).max(), np.abs(alone - logits).max()))
+    allowed = START_TOLERANCE_FACTOR * package.manifest.verification.logit_tolerance
+    if not difference <= allowed:  # also true for NaN
+        raise PackageError(
+            f"{backend.info.runtime} does not reproduce the golden outputs of {package.path}: "
+            f"logits differ by {difference:.2g}, {allowed:.2g} is allowed; run `metaserve verify` "
+            "on it and export it again"
+        )
+    return GoldenCheck(difference, float(np.abs(together - alone).max()))
+
+
+def warm_up(backend: Backend, max_batch_size: int, repeats: int = 3) -> ServiceTimes:
+    """Run and time batches of 1, 2, 4 ... images, while larger ones still gain.
+
+    Returns:
+        The durations; the best of `repeats` runs each, after one that is not counted.
+    """
+    times: dict[int, float] = {}
+    size, without_gain = 1, 0
+    while size <= max_batch_size and without_gain < 2:
+        best_before = min((cost / known for known, cost in times.items()), default=float("inf"))
+        times[size] = _fastest(
+            backend, golden_images(backend.info.input_size, 1).repeat(size, 0), repeats
+        )
+        without_gain = without_gain + 1 if times[size] / size > best_before * 0.95 else 0
+        size *= 2
+    log.info(
+        "warmed batches of %s; %d is the largest useful",
+        ", ".join(f"{size} ({seconds * 1e3:.2f} ms)" for size, seconds in times.items()),
+        ServiceTimes(times).largest_useful(),
+    )
+    return ServiceTimes(times)
+
+
+def _fastest(backend: Backend, batch: Batch, repeats: int) -> float:
+    backend.run(batch)
+    durations = []
+    for _ in range(repeats):
+        started_at = time.perf_counter()
+        backend.run(batch)
+        durations.append(time.perf_counter() - started_at)
+    return min(durations)

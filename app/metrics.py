@@ -1,0 +1,123 @@
+"""Every Prometheus metric: its name, help and buckets; nothing else registers one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+SECONDS = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+STAGES = ("decode", "queue", "inference", "rank")
+
+
+class Metrics:
+    """The service's metrics in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.registry = registry
+        self.request_duration = Histogram(
+            "metaserve_request_duration_seconds",
+            "Time from a request's first byte to its reply's last, by route template and status.",
+            ("route", "status"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        stage_duration = Histogram(
+            "metaserve_stage_duration_seconds",
+            "Time an image spends in each stage.",
+            ("stage",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        # Resolved once: a label lookup costs more than the observation.
+        self.stage_duration = {stage: stage_duration.labels(stage) for stage in STAGES}
+        self.batch_size = Histogram(
+            "metaserve_batch_size",
+            "Images in each batch the backend ran.",
+            buckets=BATCH_SIZES,
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "metaserve_queue_depth", "Images waiting for a batch.", registry=registry
+        )
+        self.queue_wait_estimate = Gauge(
+            "metaserve_queue_wait_estimate_seconds",
+            "How long an image that came now would wait for its batch.",
+            registry=registry,
+        )
+        self.inflight_batches = Gauge(
+            "metaserve_inflight_batches", "Batches the backend is running.", registry=registry
+        )
+        self.requests_refused = Counter(
+            "metaserve_requests_refused_total",
+            "Requests refused before any work, by error code.",
+            ("reason",),
+            registry=registry,
+        )
+        self.requests_cancelled = Counter(
+            "metaserve_requests_cancelled_total",
+            "Requests whose caller left before the reply.",
+            registry=registry,
+        )
+        self.images_rejected = Counter(
+            "metaserve_images_rejected_total",
+            "Images that could not be used, by error code.",
+            ("code",),
+            registry=registry,
+        )
+        self.backend_errors = Counter(
+            "metaserve_backend_errors_total",
+            "Batches the backend failed on, by backend.",
+            ("backend",),
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "metaserve_model_info",
+            "The loaded model; always 1.",
+            ("name", "version", "variant", "backend", "precision", "device"),
+            registry=registry,
+        )
+
+    def watch_engine(
+        self,
+        depth: Callable[[], float],
+        wait_seconds: Callable[[], float],
+        inflight: Callable[[], float],
+    ) -> None:
+        """Read the engine's gauges when they are scraped, at no cost to requests."""
+        self.queue_depth.set_function(depth)
+        self.queue_wait_estimate.set_function(wait_seconds)
+        self.inflight_batches.set_function(inflight)
+
+    def render(self) -> bytes:
+        """Return the text exposition format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,146 @@
+"""The one Settings class: `METASERVE_*` variables, or flags of the same names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import StartupError
+
+PREFIX = "METASERVE_"
+
+
+class Settings(BaseSettings):
+    """What the service does; nothing else reads the environment."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    model: str = Field(
+        "caformer_digits",
+        description="A package directory, a name in the model store, or an embedded model.",
+    )
+    model_store: Path | None = Field(None, description="A directory of model packages.")
+    backend: Literal["onnxruntime", "torch", "tensorrt", "triton", "fake"] = Field(
+        "onnxruntime",
+        description="What runs the network. `tensorrt` and `triton` are refused by this version; "
+        "`fake` answers from the mean of the pixels, for load tests.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where to run; `auto` takes a GPU where backend and machine have one."
+    )
+    ort_provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto",
+        description="Execution provider of the onnxruntime backend; `auto` follows DEVICE. "
+        "One that is missing is an error at start.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8000, description="Port to listen on; 0 takes a free one and logs it."
+    )
+    workers: Annotated[int, Field(ge=1)] = Field(
+        1, description="HTTP processes. This version serves with 1; run replicas for more."
+    )
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(
+        32, description="Upper limit of a batch; warm-up may find a smaller one as fast."
+    )
+    max_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = Field(
+        0.0,
+        description="How long the oldest waiting image may wait for company; 0 takes what is "
+        "there when the backend is free.",
+    )
+    queue_budget_ms: Annotated[float, Field(gt=0)] = Field(
+        5000.0, description="Longest predicted wait at which an image is still admitted."
+    )
+    request_timeout_ms: Annotated[float, Field(gt=0)] = Field(
+        30_000.0,
+        description="Deadline of a request, and the most a caller's X-Request-Timeout-Ms may ask.",
+    )
+    receive_timeout_ms: Annotated[float, Field(gt=0)] = Field(
+        30_000.0, description="How long a request body may take to arrive."
+    )
+    overload_status: Literal[503, 429] = Field(503, description="Status of `overloaded` refusals.")
+    body_limit_bytes: Annotated[int, Field(ge=1)] = Field(
+        32 * 1024 * 1024, description="Largest request body."
+    )
+    max_images: Annotated[int, Field(ge=1)] = Field(256, description="Most images in one request.")
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        64_000_000, description="Most pixels an image may have, read from its header."
+    )
+    decode: Literal["scaled", "exact"] = Field(
+        "scaled",
+        description="`scaled` decodes a JPEG much larger than needed at reduced size; `exact` "
+        "never does.",
+    )
+    exif_orientation: bool = Field(
+        True, description="Turn photographs upright as their EXIF data says."
+    )
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="CPU threads of the backend and of decoding; 0 takes the container's limit."
+    )
+    stall_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="Liveness fails when work waits and nothing completes for this long."
+    )
+    drain_delay_s: Annotated[float, Field(ge=0)] = Field(
+        5.0, description="How long SIGTERM keeps serving, unready, before it stops accepting."
+    )
+    drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="How long admitted requests may take to finish after that."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="A file with one API key a line; when set, requests must carry one."
+    )
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="Serve /metrics on this port instead of PORT."
+    )
+    triton_url: str = Field(
+        "localhost:8001", description="gRPC address of a Triton server, for BACKEND=triton."
+    )
+    triton_model: str | None = Field(
+        None, description="Model name on the Triton server; the package's name when unset."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="`auto` writes text to a terminal and JSON elsewhere."
+    )
+    fake_batch_ms: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="How long a batch takes on the `fake` backend."
+    )
+
+
+def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings; a flag goes before a variable.
+
+    Args:
+        flags: field name -> value, from the command line.
+
+    Raises:
+        StartupError: an unknown variable (with its nearest match) or a value out of range.
+    """
+    _refuse_unknown(os.environ)
+    given: dict[str, Any] = dict(flags or {})
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).lower() if first["loc"] else "settings"
+        shown = f"--{name.replace('_', '-')}" if name in given else f"{PREFIX}{name.upper()}"
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise StartupError(f"{shown}={first['input']!r} cannot be used: {message}") from error
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    """pydantic-settings ignores variables it does not know, misspelt ones too."""
+    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
+    for name in sorted(environment):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            nearest = get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "docs/settings.md lists them all"
+            raise StartupError(f"there is no setting {name}; {hint}")

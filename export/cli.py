@@ -1,0 +1,173 @@
+"""`metaserve export` and `metaserve verify`: arguments in, packages and figures out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from models.checkpoints import CheckpointError
+from models.package import (
+    WEIGHTS,
+    InputSpec,
+    PackageError,
+    find_package,
+    open_package,
+)
+from models.variants import Activation, Architecture, Mixer, ResidualScaling, find_variant
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `metaserve export`."""
+    parser.add_argument("variant", help="a name from `metaserve models`")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
+    )
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="one label a line")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="package to create [VARIANT]")
+    parser.add_argument("--name", help="name of the package [the directory's name]")
+    parser.add_argument("--version", help="version of the package [hash of the weights]")
+    parser.add_argument("--format", choices=["onnx"], default="onnx")
+    parser.add_argument("--precision", choices=["fp32"], default="fp32")
+    parser.add_argument("--overwrite", action="store_true", help="replace a package at --out")
+    parser.add_argument("--no-ema", action="store_true", help="take the weights, not their average")
+    parser.add_argument(
+        "--no-weights", action="store_true", help=f"leave out {WEIGHTS} (the torch backend's)"
+    )
+    shape = parser.add_argument_group(
+        "preprocessing", "defaults are those of the published weights"
+    )
+    shape.add_argument("--input-size", type=int, metavar="PX")
+    shape.add_argument("--crop-pct", type=float, default=1.0)
+    shape.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic")
+    shape.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
+    shape.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
+    ablation = parser.add_argument_group(
+        "ablations", "for checkpoints that differ from the paper's"
+    )
+    ablation.add_argument("--activation", choices=get_args(Activation))
+    ablation.add_argument("--residual-scaling", choices=get_args(ResidualScaling))
+    ablation.add_argument("--block-bias", action="store_true", default=None)
+    ablation.add_argument(
+        "--mixers", nargs=4, choices=get_args(Mixer), metavar="MIXER", help="one a stage"
+    )
+
+
+def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `metaserve verify`."""
+    parser.add_argument("package", help="a package directory, or a name in the store")
+    parser.add_argument("--model-store", type=Path, metavar="DIR")
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Export a package; returns the exit code."""
+    from export.publish import ExportRequest, export_package
+    from export.verify import VerificationError, format_verification
+
+    try:
+        architecture, _ = find_variant(arguments.variant)
+        architecture = _ablated(architecture, arguments)
+        request = ExportRequest(
+            variant=arguments.variant.removeprefix("timm/"),
+            architecture=architecture,
+            checkpoint=arguments.checkpoint,
+            input=_input_spec(architecture, arguments),
+            out=arguments.out or Path(arguments.variant.removeprefix("timm/")),
+            name=arguments.name,
+            version=arguments.version,
+            labels=arguments.labels,
+            ema=not arguments.no_ema,
+            weights=not arguments.no_weights,
+            overwrite=arguments.overwrite,
+        )
+        with _steps() as progress:
+            package = export_package(request, progress)
+    except (CheckpointError, PackageError, VerificationError, ValueError, KeyError) as error:
+        return _refuse(error)
+    except OSError as error:
+        return _refuse(f"cannot write the package: {error}")
+    print(format_verification(package.manifest, package.manifest.verification))
+    print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Repeat the proof of a package; returns the exit code."""
+    from export.verify import VerificationError, format_verification, judge, verify_package
+
+    try:
+        package = open_package(find_package(arguments.package, arguments.model_store))
+        package.check_files()
+        verification = verify_package(package)
+        print(format_verification(package.manifest, verification))
+        judge(verification)
+    except (CheckpointError, PackageError, VerificationError) as error:
+        return _refuse(error)
+    reference = (
+        "torch on its weights" if WEIGHTS in package.manifest.files else "its golden outputs"
+    )
+    print(f"proven: {package.path} holds the files of its manifest and agrees with {reference}")
+    return 0
+
+
+def _ablated(architecture: Architecture, arguments: argparse.Namespace) -> Architecture:
+    """Return the architecture with the fields that the command line changes."""
+    fields = ("activation", "residual_scaling", "block_bias", "mixers", "input_size")
+    given = {name: getattr(arguments, name) for name in fields}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if "mixers" in changes:
+        changes["mixers"] = tuple(changes["mixers"])
+    # Random matrices are as large as the grid was in training: another size is another network,
+    # which `check_input_size` refuses.
+    if "random" in architecture.mixers:
+        changes.pop("input_size", None)
+    return replace(architecture, **changes)
+
+
+def _input_spec(architecture: Architecture, arguments: argparse.Namespace) -> InputSpec:
+    stated = {
+        name: tuple(value)
+        for name in ("mean", "std")
+        if (value := getattr(arguments, name)) is not None
+    }
+    return InputSpec(
+        size=arguments.input_size or architecture.input_size,
+        crop_pct=arguments.crop_pct,
+        interpolation=arguments.interpolation,
+        **stated,
+    )
+
+
+class _steps:
+    """Prints each step of long work with the time it took."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._started_at: float | None = None
+        return self._next
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _next(self, step: str) -> None:
+        self._end()
+        print(f"{step} ...", end=" ", flush=True, file=sys.stderr)
+        self._started_at = time.monotonic()
+
+    def _end(self) -> None:
+        if self._started_at is not None:
+            print(f"{time.monotonic() - self._started_at:.1f} s", file=sys.stderr)
+
+
+def _refuse(error: Exception | str) -> int:
+    # A KeyError's str() puts its message in quotes.
+    message = error.args[0] if isinstance(error, KeyError) else error
+    print(f"metaserve: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,97 @@
+"""ServedModel -> one ONNX file with a dynamic batch axis."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+
+from models.package import golden_images
+from models.serving import ServedModel
+
+# TensorRT's importer misreads one-group norms from 21 on; 20 is the newest before that.
+OPSET = 20
+# What opset 20 was released with; every runtime that reads the opset reads it.
+IR_VERSION = 10
+
+
+def export_onnx(model: ServedModel, input_size: int, path: Path) -> None:
+    """Trace a served model and write it.
+
+    The graph takes `images` uint8 (batch, S, S, 3) and gives `logits` and `embedding`, float32.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        input_size: S.
+        path: the file to write, weights included.
+    """
+    # The exporter specialises an axis of length one, so the example holds two images.
+    example = torch.from_numpy(golden_images(input_size, 2))
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # of torch about its own internals
+        program = torch.onnx.export(
+            model,
+            (example,),
+            None,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits", "embedding"],
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+    assert program is not None  # with dynamo a program is always returned
+    proto = program.model_proto
+    strip_metadata(proto)
+    proto.ir_version = IR_VERSION
+    onnx.checker.check_model(proto, full_check=True)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def strip_metadata(model: onnx.ModelProto) -> None:
+    """Delete what the exporter notes down beside the graph: stack traces, paths, source lines."""
+    model.ClearField("metadata_props")
+    model.ClearField("doc_string")
+    model.producer_name, model.producer_version = "metaserve", ""
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        graph.name = "metaserve"
+        for message in (
+            graph,
+            *graph.node,
+            *graph.input,
+            *graph.output,
+            *graph.value_info,
+            *graph.initializer,
+        ):
+            message.ClearField("doc_string")
+            message.ClearField("metadata_props")
+        graphs.extend(
+            attribute.g
+            for node in graph.node
+            for attribute in node.attribute
+            if attribute.type == onnx.AttributeProto.GRAPH
+        )
+    for function in model.functions:
+        for message in (function, *function.node):
+            message.ClearField("doc_string")
+            message.ClearField("metadata_props")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress off the terminal; ours says what is needed."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)
