@@ -1,0 +1,61 @@
+"""What the network answered -> what the caller asked for: the best classes, or a unit vector."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from app.errors import InferenceFailed
+from app.types import Prediction, Vector
+
+
+def rank(logits: Vector, labels: tuple[str, ...] | None, top_k: int) -> list[Prediction]:
+    """Return the most probable classes, best first; of equals, the lower index first.
+
+    Args:
+        logits: float32 (C,).
+        labels: one per class, or None.
+        top_k: how many, at least 1; more than C gives C.
+
+    Raises:
+        InferenceFailed: a logit is NaN or infinite upwards.
+    """
+    probabilities = _softmax(logits)
+    return [
+        Prediction(int(index), labels[index] if labels else None, probabilities[index])
+        for index in _largest(logits, min(top_k, len(logits)))
+    ]
+
+
+def normalise(embedding: Vector) -> Vector:
+    """Return the vector at L2 length one, float32 (D,); a zero vector stays zero.
+
+    Raises:
+        InferenceFailed: an element is NaN or infinite.
+    """
+    # Squares of float32 neither overflow nor vanish in float64.
+    length = np.linalg.norm(embedding.astype(np.float64))
+    if not np.isfinite(length):
+        raise InferenceFailed("the network's embedding of this image is not finite")
+    return embedding.copy() if length == 0 else (embedding / length).astype(np.float32)
+
+
+def _softmax(logits: Vector) -> Vector:
+    """Return float32 (C,) that sums to one; the largest exponent is 0, so nothing overflows."""
+    peak = logits.max()
+    if not np.isfinite(peak):  # NaN spreads to the maximum, so this sees every bad element
+        raise InferenceFailed("the network's logits of this image are not finite")
+    exponentials: Vector = np.exp(logits - peak)
+    probabilities: Vector = exponentials / exponentials.sum()
+    return probabilities
+
+
+def _largest(logits: Vector, count: int) -> list[int]:
+    """Return the indices of the `count` largest, largest first.
+
+    A partition finds the last value that belongs, in linear time but in no fixed order among
+    equals; so it gives the value only, and a stable sort orders all that reach it.
+    """
+    last = np.partition(logits, len(logits) - count)[len(logits) - count]
+    candidates = np.flatnonzero(logits >= last)
+    order = np.argsort(-logits[candidates], kind="stable")[:count]
+    return [int(index) for index in candidates[order]]
