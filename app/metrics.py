@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +14,16 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
     generate_latest,
+)
+
+from app.engine.base import EngineStatus
+from app.errors import (
+    BadAspect,
+    ImageTooLarge,
+    Refused,
+    ServiceError,
+    UndecodableImage,
+    UnsupportedFormat,
 )
 
 SECONDS = (
@@ -33,6 +44,22 @@ SECONDS = (
 )
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("decode", "queue", "inference", "rank")
+
+
+@dataclass(frozen=True)
+class BatchMetrics:
+    """Hears of every batch of one backend."""
+
+    size: Histogram
+    errors: Counter
+
+    def batch_done(self, size: int) -> None:
+        """A batch was answered."""
+        self.size.observe(size)
+
+    def batch_failed(self) -> None:
+        """The backend failed on a batch."""
+        self.errors.inc()
 
 
 class Metrics:
@@ -107,16 +134,22 @@ class Metrics:
             registry=registry,
         )
 
-    def watch_engine(
-        self,
-        depth: Callable[[], float],
-        wait_seconds: Callable[[], float],
-        inflight: Callable[[], float],
-    ) -> None:
+    def count_error(self, error: ServiceError) -> None:
+        """Count a refusal, or an image that could not be used."""
+        if isinstance(error, Refused):
+            self.requests_refused.labels(error.code).inc()
+        elif isinstance(error, UnsupportedFormat | UndecodableImage | ImageTooLarge | BadAspect):
+            self.images_rejected.labels(error.code).inc()
+
+    def watch_engine(self, status: Callable[[], EngineStatus]) -> None:
         """Read the engine's gauges when they are scraped, at no cost to requests."""
-        self.queue_depth.set_function(depth)
-        self.queue_wait_estimate.set_function(wait_seconds)
-        self.inflight_batches.set_function(inflight)
+        self.queue_depth.set_function(lambda: status().queue_depth)
+        self.queue_wait_estimate.set_function(lambda: status().predicted_wait_seconds)
+        self.inflight_batches.set_function(lambda: status().running_batches)
+
+    def batch_observer(self, backend: str) -> BatchMetrics:
+        """Return what tells these metrics of a backend's batches."""
+        return BatchMetrics(self.batch_size, self.backend_errors.labels(backend))
 
     def render(self) -> bytes:
         """Return the text exposition format."""

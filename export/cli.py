@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from models.checkpoints import CheckpointError
 from models.package import (
     WEIGHTS,
     InputSpec,
@@ -69,8 +68,10 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export a package; returns the exit code."""
+    # torch is loaded here and not before: `metaserve serve` shares this parser.
     from export.publish import ExportRequest, export_package
     from export.verify import VerificationError, format_verification
+    from models.checkpoints import CheckpointError
 
     try:
         architecture, _ = find_variant(arguments.variant)
@@ -102,6 +103,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 def run_verify(arguments: argparse.Namespace) -> int:
     """Repeat the proof of a package; returns the exit code."""
     from export.verify import VerificationError, format_verification, judge, verify_package
+    from models.checkpoints import CheckpointError
 
     try:
         package = open_package(find_package(arguments.package, arguments.model_store))

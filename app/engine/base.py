@@ -15,6 +15,7 @@ class EngineStatus:
     Attributes:
         queue_depth: images waiting for a batch.
         in_flight: images in running batches.
+        running_batches: how many those are.
         predicted_wait_seconds: what an image that came now would wait for its batch.
         stalled_seconds: how long work has been pending without anything completing.
         last_error: the backend's last failure in words, None after a batch that went well.
@@ -22,6 +23,7 @@ class EngineStatus:
 
     queue_depth: int
     in_flight: int
+    running_batches: int
     predicted_wait_seconds: float
     stalled_seconds: float
     last_error: str | None
@@ -50,6 +52,10 @@ class Engine(Protocol):
 
     def status(self) -> EngineStatus:
         """Return how the engine fares."""
+        ...
+
+    def refuse_waiting(self) -> None:
+        """Answer everything that waits with Draining."""
         ...
 
     async def aclose(self) -> None:

@@ -77,6 +77,7 @@ class EngineCore:
         self._changed = threading.Condition()  # guards everything below
         self._closing = False
         self._in_flight = 0
+        self._running_batches = 0
         self._progress_at = clock()
         self._last_error: str | None = None
         self._threads = [
@@ -121,6 +122,7 @@ class EngineCore:
             return EngineStatus(
                 queue_depth=len(self._window),
                 in_flight=self._in_flight,
+                running_batches=self._running_batches,
                 predicted_wait_seconds=self._predicted_wait(),
                 stalled_seconds=self._clock() - self._progress_at if self._pending() else 0.0,
                 last_error=self._last_error,
@@ -198,6 +200,7 @@ class EngineCore:
                 batch = self._window.take_batch(now, hurry=self._closing)
                 if late or batch:
                     self._in_flight += len(batch)
+                    self._running_batches += bool(batch)
                     return late, batch
                 if self._closing and not len(self._window):
                     return [], []
@@ -210,6 +213,7 @@ class EngineCore:
         finally:
             with self._changed:
                 self._in_flight -= len(batch)
+                self._running_batches -= 1
                 self._progress_at = self._clock()
 
     def _answer(self, requests: list[Request]) -> None:
@@ -255,7 +259,7 @@ class EngineCore:
         self, requests: list[Request], rows: Rows, started_at: float, seconds: float
     ) -> list[Request]:
         """Give each request its row; return those whose row is no use."""
-        finite = (np.isfinite(rows.logits).all(1) & np.isfinite(rows.embedding).all(1)).tolist()
+        finite = np.all(np.isfinite(rows.logits), 1) & np.all(np.isfinite(rows.embedding), 1)
         for index, request in enumerate(requests):
             if finite[index]:
                 queued = started_at - request.enqueued_at

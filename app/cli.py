@@ -1,0 +1,161 @@
+"""The `metaserve` command: arguments in, exit codes out; heavy imports only where they are used."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from app.errors import ServiceError, StartupError
+from app.settings import Settings, load_settings
+from models.package import PackageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; faults of the caller are one sentence and exit code 2."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except (StartupError, PackageError) as error:
+        print(f"metaserve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `metaserve models | head`: nobody reads on, nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    # No abbreviations: a flag that is added later must not change what a script means.
+    parser = argparse.ArgumentParser(
+        prog="metaserve", description="Serve MetaFormer vision models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=version("metaserve"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="answer HTTP requests", allow_abbrev=False)
+    _add_settings(serve, Settings.model_fields)
+    serve.set_defaults(run=_serve)
+
+    export = commands.add_parser(
+        "export", help="checkpoint -> proven model package", allow_abbrev=False
+    )
+    verify = commands.add_parser("verify", help="repeat a package's proof", allow_abbrev=False)
+    _add_export_commands(export, verify)
+
+    models = commands.add_parser("models", help="list the catalogue", allow_abbrev=False)
+    models.set_defaults(run=_models)
+
+    for name, run, text in (
+        ("classify", _classify, "name what images show, without a server"),
+        ("embed", _embed, "turn images into vectors, without a server"),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+        _add_settings(command, _OFFLINE_SETTINGS)
+        command.set_defaults(run=run)
+        if name == "classify":
+            command.add_argument("--top-k", type=int, default=5)
+        else:
+            command.add_argument("--normalize", action="store_true")
+    return parser
+
+
+_OFFLINE_SETTINGS = (
+    "model",
+    "model_store",
+    "backend",
+    "device",
+    "ort_provider",
+    "threads",
+    "max_pixels",
+    "decode",
+    "exif_orientation",
+)
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Give a command a flag for each setting; a flag goes before its METASERVE_ variable."""
+    for name in names:
+        field = Settings.model_fields[name]
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"setting_{name}",
+            metavar="VALUE",
+            help=f"{field.description} [{field.default}]".replace("%", "%%"),
+        )
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = {
+        name: value
+        for name in Settings.model_fields
+        if (value := getattr(arguments, f"setting_{name}", None)) is not None
+    }
+    return load_settings(given)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from app.main import serve
+
+    return serve(_settings(arguments))
+
+
+def _add_export_commands(export: argparse.ArgumentParser, verify: argparse.ArgumentParser) -> None:
+    from export.cli import add_export_arguments, add_verify_arguments, run_export, run_verify
+
+    add_export_arguments(export)
+    export.set_defaults(run=run_export)
+    add_verify_arguments(verify)
+    verify.set_defaults(run=run_verify)
+
+
+def _models(_: argparse.Namespace) -> int:
+    from models.package import MANIFEST, PRETRAINED
+    from models.variants import CHECKPOINTS
+
+    print("embedded, served without a network:")
+    for manifest in sorted(PRETRAINED.glob(f"*/{MANIFEST}")):
+        print(f"  {manifest.parent.name}")
+    print("\npublished checkpoints (export them with --checkpoint FILE):")
+    print(f"  {'name':<32}{'timm':<40}{'classes':>8}{'px':>5}{'top-1':>7}")
+    for entry in CHECKPOINTS.values():
+        top1 = "-" if entry.top1 is None else f"{entry.top1:.1f}"
+        hub_id = entry.hub_id or "-"
+        print(f"  {entry.name:<32}{hub_id:<40}{entry.classes:>8}{entry.input_size:>5}{top1:>7}")
+    return 0
+
+
+def _classify(arguments: argparse.Namespace) -> int:
+    from app.offline import OfflineModel
+
+    model = OfflineModel(_settings(arguments))
+    return _each_image(arguments.images, lambda data: model.classify(data, arguments.top_k))
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    from app.offline import OfflineModel
+
+    model = OfflineModel(_settings(arguments))
+    return _each_image(arguments.images, lambda data: model.embed(data, arguments.normalize))
+
+
+def _each_image(paths: Sequence[Path], answer: Callable[[bytes], bytes]) -> int:
+    """Print a JSON object a line for each image; 2 when one of them could not be used."""
+    code = 0
+    for path in paths:
+        try:
+            print(answer(path.read_bytes()).decode(), flush=True)
+        except ServiceError as error:
+            print(f"metaserve: {path}: {error.message}", file=sys.stderr)
+            code = 2
+        except OSError as error:
+            print(f"metaserve: {path} cannot be read: {error.strerror}", file=sys.stderr)
+            code = 2
+    return code

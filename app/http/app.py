@@ -1,0 +1,68 @@
+"""create_app: routers, handlers and middleware around a service's state."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse, Response
+from fastapi_offline import FastAPIOffline
+from starlette.middleware import Middleware
+
+from app.http import health, routes
+from app.http.errors import install_error_handlers
+from app.http.middleware import CALLER_LEFT, LimitBody, ObserveRequests
+from app.http.pipeline import CallerLeft
+from app.http.state import ServiceState
+
+
+def create_app(state: ServiceState) -> FastAPI:
+    """Return the ASGI application of a service.
+
+    The model may be loaded before or after; until `state.loaded` is set, routes that need it
+    answer 503 `not_ready`. When the application shuts down it closes the engine.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if state.loaded is not None:
+            await state.loaded.engine.aclose()
+        await asyncio.to_thread(state.decode_pool.shutdown)
+
+    # The documentation's scripts come from the package, not from a CDN: it works without network.
+    app = FastAPIOffline(
+        title="metaserve",
+        version=version("metaserve"),
+        summary="MetaFormer vision models behind HTTP: labels and vectors from images.",
+        redoc_url=None,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(ObserveRequests, state=state),
+            Middleware(
+                LimitBody,
+                limit_bytes=state.settings.body_limit_bytes,
+                timeout_seconds=state.settings.receive_timeout_ms / 1000,
+            ),
+        ],
+    )
+    app.state.service = state
+    install_error_handlers(app)
+    app.include_router(routes.router)
+    app.include_router(health.router)
+    if state.settings.metrics_port is None:
+        app.include_router(health.metrics_router)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("docs")
+
+    @app.exception_handler(CallerLeft)
+    async def on_caller_left(request: object, _: Exception) -> Response:
+        state.metrics.requests_cancelled.inc()
+        return Response(status_code=CALLER_LEFT)
+
+    return app

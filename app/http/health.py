@@ -1,0 +1,45 @@
+"""Probes and metrics: what orchestrators and Prometheus ask."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from app.errors import Draining, Stalled
+from app.http import schemas
+from app.http.deps import StateDep
+
+router = APIRouter()
+metrics_router = APIRouter()
+
+
+@router.get("/livez", response_model=schemas.Health)
+async def livez(state: StateDep) -> schemas.Health:
+    """Fail only when work is pending and nothing has completed for too long."""
+    if state.loaded is not None:
+        stalled_seconds = state.loaded.engine.status().stalled_seconds
+        if stalled_seconds > state.settings.stall_seconds:
+            raise Stalled(f"work is pending and nothing completed for {stalled_seconds:.0f} s")
+    return schemas.Health(status="alive")
+
+
+@router.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
+async def readyz(state: StateDep) -> schemas.Health:
+    """Succeed from the end of warm-up until SIGTERM; overload does not change it."""
+    if state.draining:
+        raise Draining("the service is stopping")
+    state.model()
+    return schemas.Health(status="ready")
+
+
+@router.get("/startupz", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
+async def startupz(state: StateDep) -> schemas.Health:
+    """Succeed once the model is loaded, proven and warm."""
+    state.model()
+    return schemas.Health(status="started")
+
+
+@metrics_router.get("/metrics", response_class=Response)
+async def metrics(state: StateDep) -> Response:
+    """Return every metric in Prometheus' text format."""
+    return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,140 @@
+"""A request's body -> the image files in it, whichever of the three forms it has.
+
+any other content type   the body is one image file
+multipart/form-data      one or more files in parts named `image`
+application/json         {"image": "<base64 or data: URI>"} or {"images": [...]}
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import orjson
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from app.errors import BadRequest, BodyTooLarge
+
+Item = bytes | BadRequest
+"""An image file, or why there is none where one was announced."""
+
+_DATA_URI = re.compile(r"data:[^,]*?(;base64)?,", re.IGNORECASE)
+_WHITESPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a request.
+
+    Attributes:
+        items: in the order sent.
+        several: answer with a list of results, even when it holds one.
+    """
+
+    items: list[Item]
+    several: bool
+
+
+async def read_inputs(request: Request, *, body_limit: int, max_images: int) -> Inputs:
+    """Read the body.
+
+    Raises:
+        BadRequest: no image in it, or not shaped as its content type says.
+        BodyTooLarge: more bytes than `body_limit`, or more images than `max_images`.
+        ReceiveTimeout: it did not arrive in time.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "multipart/form-data":
+        inputs = await _read_multipart(request, body_limit, max_images)
+    elif content_type == "application/json" or content_type.endswith("+json"):
+        inputs = _read_json(await request.body())
+    else:
+        inputs = Inputs([await request.body()], several=False)
+    if len(inputs.items) > max_images:
+        raise _too_many(max_images)
+    if inputs.items == [b""]:
+        raise BadRequest("the body is empty; send an image file in it")
+    return inputs
+
+
+async def _read_multipart(request: Request, body_limit: int, max_images: int) -> Inputs:
+    parser = _InMemoryParser(
+        request.headers, _stream(request), max_files=max_images, max_fields=max_images
+    )
+    parser.spool_max_size = body_limit + 1
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many"):
+            raise _too_many(max_images) from error
+        raise BadRequest(f"the multipart body cannot be read: {error.message}") from error
+    except (KeyError, ValueError, LookupError) as error:
+        raise BadRequest("the multipart body cannot be read; check its boundary") from error
+    parts = form.getlist("image")
+    if not parts:
+        names = ", ".join(sorted(set(form.keys()))) or "none"
+        raise BadRequest(f"no part is named image (found: {names[:200]}); name it so")
+    items = [await _read_part(part) for part in parts]
+    return Inputs(items, several=len(items) > 1)
+
+
+class _InMemoryParser(MultiPartParser):
+    """Keeps files in memory: the body is bounded already, and a disk may be full or read-only."""
+
+
+async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
+    async for chunk in request.stream():
+        yield chunk
+
+
+async def _read_part(part: UploadFile | str) -> Item:
+    if isinstance(part, str):
+        return BadRequest("a part named image is text; send it as a file, with a filename")
+    data = await part.read()
+    return data or BadRequest("a part named image is empty; send an image file in it")
+
+
+def _read_json(body: bytes) -> Inputs:
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is no JSON: {error}") from error
+    shape = 'send {"image": "<base64 or data: URI>"} or {"images": [...]}'
+    if not isinstance(content, dict) or len(content) != 1:
+        raise BadRequest(f"the JSON body is not what this route takes; {shape}")
+    if "image" in content:
+        item = decode_base64(content["image"])
+        if isinstance(item, BadRequest):
+            raise item
+        return Inputs([item], several=False)
+    images = content.get("images")
+    if not isinstance(images, list) or not images:
+        raise BadRequest(f"the JSON body holds no list of images; {shape}")
+    return Inputs([decode_base64(image) for image in images], several=True)
+
+
+def decode_base64(text: object) -> Item:
+    """Return the bytes behind a base64 text or data: URI, or why there are none."""
+    if not isinstance(text, str):
+        return BadRequest("an image in JSON is a text: base64, or a data: URI")
+    if text[:5].lower() == "data:":
+        head = _DATA_URI.match(text)
+        if head is None or head[1] is None:
+            return BadRequest("a data: URI must be base64: data:image/png;base64,...")
+        text = text[head.end() :]
+    elif text[:8].lower().startswith(("http://", "https://")):
+        return BadRequest("URLs are not fetched; send the image itself, as base64")
+    try:
+        data = base64.b64decode(_WHITESPACE.sub("", text), validate=True)
+    except (binascii.Error, ValueError):
+        return BadRequest("an image in JSON is no valid base64")
+    return data or BadRequest("an image in JSON is empty")
+
+
+def _too_many(max_images: int) -> BodyTooLarge:
+    return BodyTooLarge(f"more than {max_images} images in one request; send fewer")

@@ -1,0 +1,151 @@
+"""Pure ASGI middleware: request id, metrics and log line; body limits while the body streams.
+
+`BaseHTTPMiddleware` is not used: one of it makes a caller's leaving invisible to the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import BodyTooLarge, ReceiveTimeout, ServiceError
+from app.http.context import RequestContext, context_of, new_context
+from app.http.errors import error_response
+from app.http.state import ServiceState
+
+access_log = logging.getLogger("metaserve.access")
+log = logging.getLogger("metaserve.http")
+
+CALLER_LEFT = 499
+"""What the log and the metrics show where nobody was left to answer; nginx's number for it."""
+
+_QUIET_ROUTES = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
+
+
+class ObserveRequests:
+    """Gives each request an id, measures it, logs one line, and answers faults of ours with 500."""
+
+    def __init__(self, app: ASGIApp, state: ServiceState) -> None:
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and look at what comes back."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = new_context(scope)
+        status = CALLER_LEFT
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = context.request_id
+                if self._state.draining:  # the next request should go to another instance
+                    headers["connection"] = "close"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        except Exception:
+            log.exception("request %s hit a fault of ours", context.request_id)
+            context.error_code = ServiceError.code
+            if status == CALLER_LEFT:
+                fault = ServiceError("this is a fault of the service; its log says more")
+                await error_response(fault, context.request_id)(scope, receive, send_marked)
+        finally:
+            self._record(scope, context, status)
+
+    def _record(self, scope: Scope, context: RequestContext, status: int) -> None:
+        seconds = time.monotonic() - context.started_at
+        route = getattr(scope.get("route"), "path", "unmatched")
+        self._state.metrics.request_duration.labels(route, str(status)).observe(seconds)
+        level = logging.DEBUG if route in _QUIET_ROUTES and status < 400 else logging.INFO
+        if access_log.isEnabledFor(level):
+            access_log.log(
+                level, "request", extra={"fields": _fields(scope, context, status, seconds)}
+            )
+
+
+class LimitBody:
+    """Bounds a body's size and the time it may take, where it is read and nowhere else.
+
+    What is over the limit raises from `receive`, so that the route's error handling answers it; a
+    body that nobody reads costs nothing.
+    """
+
+    def __init__(self, app: ASGIApp, limit_bytes: int, timeout_seconds: float) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+        self._timeout_seconds = timeout_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with a watched `receive`."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = context_of(scope)
+        announced = _content_length(scope)
+        receive_until = context.started_at + self._timeout_seconds
+        complete = False
+
+        async def receive_watched() -> Message:
+            nonlocal complete
+            if complete:  # the body is here; what may still come is the caller's leaving
+                return await receive()
+            if announced > self._limit_bytes:
+                raise self._too_large(announced)
+            try:
+                async with asyncio.timeout(receive_until - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                raise ReceiveTimeout(
+                    f"the body did not arrive within {self._timeout_seconds:g} s; send it faster"
+                ) from None
+            if message["type"] == "http.request":
+                context.received_bytes += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+                if context.received_bytes > self._limit_bytes:
+                    raise self._too_large(context.received_bytes)
+            return message
+
+        await self._app(scope, receive_watched, send)
+
+    def _too_large(self, size: int) -> BodyTooLarge:
+        return BodyTooLarge(
+            f"the body has {size} bytes or more, {self._limit_bytes} are allowed; send a smaller "
+            "image or fewer of them"
+        )
+
+
+def _content_length(scope: Scope) -> int:
+    value = Headers(scope=scope).get("content-length", "")
+    return int(value) if value.isdecimal() else 0  # the server refuses what is no number
+
+
+def _fields(
+    scope: Scope, context: RequestContext, status: int, seconds: float
+) -> dict[str, object]:
+    """Return what the log line says, in the order it says it."""
+    client = scope.get("client")
+    fields: dict[str, object] = {
+        "request_id": context.request_id,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "duration_ms": round(seconds * 1e3, 3),
+        "received_bytes": context.received_bytes,
+        "client": client[0] if client else None,
+    }
+    if context.images:
+        fields["images"] = context.images
+        fields.update({f"{stage}_ms": ms for stage, ms in context.stage_ms.items()})
+    if context.error_code:
+        fields["error"] = context.error_code
+    return fields

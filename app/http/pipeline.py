@@ -1,0 +1,156 @@
+"""The straight line of one image: bytes -> decode -> prepare -> infer; times taken at the seams."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from app.errors import BadRequest, DeadlineExceeded, Refused, ServiceError
+from app.http.context import RequestContext
+from app.http.inputs import Item
+from app.http.state import LoadedModel, ServiceState
+from app.images.decode import decode_image
+from app.images.prepare import needed_size, prepare_image
+from app.types import Pixels, Row
+
+T = TypeVar("T")
+
+
+class CallerLeft(Exception):
+    """The caller closed the connection; nobody is left to answer."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One image's row and what it took to get it.
+
+    Attributes:
+        row: logits and embedding.
+        decode_seconds: from hand-over to the decoding threads to pixels.
+    """
+
+    row: Row
+    decode_seconds: float
+
+
+Outcome = Answered | ServiceError
+
+
+class Pipeline:
+    """Answers the images of one request.
+
+    Args:
+        state: the service's.
+        model: what answers.
+        deadline: absolute `time.monotonic()` seconds.
+    """
+
+    def __init__(self, state: ServiceState, model: LoadedModel, deadline: float) -> None:
+        self._state = state
+        self._model = model
+        self._deadline = deadline
+
+    async def answer_all(self, items: Sequence[Item]) -> list[Outcome]:
+        """Answer images side by side; one that fails does not touch the others.
+
+        Raises:
+            ServiceError: when no image was answered and none of them is to blame: the request as
+                a whole was refused or late.
+        """
+        outcomes = await asyncio.gather(*(self._outcome(item) for item in items))
+        first = outcomes[0]
+        refused = (Refused, DeadlineExceeded)
+        if isinstance(first, refused) and all(isinstance(other, refused) for other in outcomes):
+            raise first
+        for outcome in outcomes:
+            if isinstance(outcome, ServiceError):
+                self._state.metrics.count_error(outcome)
+        return list(outcomes)
+
+    async def answer(self, item: Item) -> Answered:
+        """Answer one image.
+
+        Raises:
+            ServiceError: the image cannot be used, or cannot be answered now.
+        """
+        if isinstance(item, BadRequest):
+            raise item
+        engine = self._model.engine
+        engine.check_admission(self._deadline)
+        started_at = time.monotonic()
+        pixels = await asyncio.get_running_loop().run_in_executor(
+            self._state.decode_pool, self._decode, item
+        )
+        decode_seconds = time.monotonic() - started_at
+        row = await engine.infer(pixels, deadline=self._deadline)
+        stages = self._state.metrics.stage_duration
+        stages["decode"].observe(decode_seconds)
+        stages["queue"].observe(row.queue_seconds)
+        stages["inference"].observe(row.inference_seconds)
+        return Answered(row, decode_seconds)
+
+    async def _outcome(self, item: Item) -> Outcome:
+        try:
+            return await self.answer(item)
+        except ServiceError as error:
+            return error
+
+    def _decode(self, data: bytes) -> Pixels:
+        """Decode and resize; runs in the decoding threads."""
+        if time.monotonic() >= self._deadline:
+            raise DeadlineExceeded("the deadline passed before the image was decoded")
+        settings, spec = self._state.settings, self._state.package.manifest.input
+        image = decode_image(
+            data,
+            max_pixels=settings.max_pixels,
+            exif_orientation=settings.exif_orientation,
+            draft_size=needed_size(spec) if settings.decode == "scaled" else None,
+        )
+        return prepare_image(image, spec)
+
+
+async def unless_caller_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await work, but cancel it as soon as the caller closes the connection.
+
+    The body must have been read: what the server sends next is the caller's leaving.
+
+    Raises:
+        CallerLeft: the caller left; the work is cancelled.
+    """
+    worker = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            raise CallerLeft
+        return worker.result()
+    finally:
+        worker.cancel()
+        watcher.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def note_outcomes(context: RequestContext, outcomes: Sequence[Outcome]) -> None:
+    """Keep for the log how many images there were and what the slowest of each stage took."""
+    context.images = len(outcomes)
+    answered = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
+    if answered:
+        context.stage_ms = {
+            "decode": milliseconds(max(outcome.decode_seconds for outcome in answered)),
+            "queue": milliseconds(max(outcome.row.queue_seconds for outcome in answered)),
+            "inference": milliseconds(max(outcome.row.inference_seconds for outcome in answered)),
+        }
+
+
+def milliseconds(seconds: float) -> float:
+    """Return milliseconds to the microsecond."""
+    return round(seconds * 1e3, 3)

@@ -1,0 +1,107 @@
+"""Rows -> the bytes of a reply."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from fastapi import Response
+
+from app.errors import ServiceError
+from app.http.context import RequestContext
+from app.http.errors import error_object
+from app.http.pipeline import Answered, Outcome, milliseconds
+from app.http.schemas import EmbedQuery
+from app.http.state import ServiceState
+from app.images.rank import normalise, rank
+from app.types import Vector
+
+Fields = dict[str, Any]
+
+
+def classify_fields(state: ServiceState, answered: Answered, top_k: int) -> Fields:
+    """Rank an image's classes."""
+    started_at = time.monotonic()
+    predictions = [
+        {"index": one.index, "label": one.label, "probability": one.probability}
+        for one in rank(answered.row.logits, state.package.labels, top_k)
+    ]
+    state.metrics.stage_duration["rank"].observe(time.monotonic() - started_at)
+    return {"predictions": predictions}
+
+
+def embed_fields(answered: Answered, query: EmbedQuery) -> Fields:
+    """Put an image's vector into the form asked for."""
+    vector = embedding_of(answered, query)
+    encoded = vector if query.encoding == "float" else base64.b64encode(vector.tobytes()).decode()
+    return {"embedding": encoded, "dim": len(vector), "normalized": query.normalize}
+
+
+def embedding_of(answered: Answered, query: EmbedQuery) -> Vector:
+    """Return the vector, float32 little-endian (D,), C-contiguous."""
+    vector = answered.row.embedding
+    wanted = normalise(vector) if query.normalize else vector
+    return np.ascontiguousarray(wanted, "<f4")
+
+
+def json_reply(
+    state: ServiceState,
+    context: RequestContext,
+    outcomes: Sequence[Outcome],
+    several: bool,
+    fields_of: Callable[[Answered], Fields],
+) -> Response:
+    """Answer with one result, or with the list of them."""
+    manifest = state.package.manifest
+    head: Fields = {"model": manifest.name, "version": manifest.version}
+    if several:
+        results = [_item(context, outcome, fields_of) for outcome in outcomes]
+        content = head | {"results": results}
+    else:
+        (outcome,) = outcomes
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        content = head | _item(context, outcome, fields_of)
+    # float32 is written with the fewest digits that give the same float32 back.
+    return Response(
+        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json"
+    )
+
+
+def octet_reply(state: ServiceState, outcomes: Sequence[Outcome], query: EmbedQuery) -> Response:
+    """Answer with the vectors' bytes, one after the other.
+
+    Raises:
+        ServiceError: an image could not be answered; there is no place for it among the bytes.
+    """
+    vectors = []
+    for outcome in outcomes:
+        if isinstance(outcome, ServiceError):
+            raise outcome
+        vectors.append(embedding_of(outcome, query).tobytes())
+    manifest = state.package.manifest
+    headers = {
+        "x-model": manifest.name,
+        "x-model-version": manifest.version,
+        "x-embedding-dim": str(manifest.embedding_dim),
+    }
+    return Response(b"".join(vectors), 200, headers, "application/octet-stream")
+
+
+def _item(
+    context: RequestContext, outcome: Outcome, fields_of: Callable[[Answered], Fields]
+) -> Fields:
+    if isinstance(outcome, ServiceError):
+        return {"error": error_object(outcome)}
+    fields = fields_of(outcome)
+    timing = {
+        "decode": milliseconds(outcome.decode_seconds),
+        "queue": milliseconds(outcome.row.queue_seconds),
+        "inference": milliseconds(outcome.row.inference_seconds),
+        "total": milliseconds(time.monotonic() - context.started_at),
+    }
+    return fields | {"timing_ms": timing}

@@ -1,0 +1,160 @@
+"""The routes that answer images, and the one that says what answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from app.http import schemas
+from app.http.context import RequestContext
+from app.http.deps import ContextDep, DeadlineDep, StateDep, require_api_key
+from app.http.inputs import read_inputs
+from app.http.pipeline import Outcome, Pipeline, note_outcomes, unless_caller_leaves
+from app.http.replies import classify_fields, embed_fields, json_reply, octet_reply
+from app.http.state import ServiceState
+
+router = APIRouter(dependencies=[Depends(require_api_key)])
+
+_BINARY = {"type": "string", "format": "binary"}
+_TEXT = {"type": "string", "description": "base64, or a data: URI"}
+_IMAGE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": _BINARY},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": {"type": "array", "items": _BINARY}},
+                }
+            },
+            "application/json": {
+                "schema": {
+                    "oneOf": [
+                        {
+                            "type": "object",
+                            "required": ["image"],
+                            "properties": {"image": _TEXT},
+                            "additionalProperties": False,
+                        },
+                        {
+                            "type": "object",
+                            "required": ["images"],
+                            "properties": {"images": {"type": "array", "items": _TEXT}},
+                            "additionalProperties": False,
+                        },
+                    ]
+                }
+            },
+        },
+    }
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.Error, "description": description}
+    for status, description in {
+        400: "`bad_request`: the request is not shaped as this route wants it",
+        401: "`unauthenticated`: an API key is needed",
+        408: "`receive_timeout`: the body did not arrive in time",
+        413: "`payload_too_large`: too many bytes or images",
+        415: "`unsupported_format`: no image format that is read here",
+        422: "`image_decode_failed`, `image_too_large` or `image_bad_aspect`",
+        500: "`inference_failed`: the model failed on this image",
+        503: "`overloaded`, `not_ready`, `draining` or `backend_unavailable`; see `Retry-After`",
+        504: "`deadline_exceeded`: the caller's or the server's deadline passed",
+    }.items()
+}
+
+
+@router.post(
+    "/classify",
+    response_model=schemas.ClassifyOne | schemas.ClassifySeveral,
+    responses=_ERRORS,
+    openapi_extra=_IMAGE_BODY,
+)
+async def classify(
+    request: Request,
+    state: StateDep,
+    context: ContextDep,
+    deadline: DeadlineDep,
+    query: Annotated[schemas.ClassifyQuery, Query()],
+) -> Response:
+    """Name what an image shows: the `top_k` most probable classes."""
+    outcomes, several = await _answer(request, state, context, deadline)
+    return json_reply(
+        state, context, outcomes, several, lambda one: classify_fields(state, one, query.top_k)
+    )
+
+
+@router.post(
+    "/embed",
+    response_model=schemas.EmbedOne | schemas.EmbedSeveral,
+    responses=_ERRORS,
+    openapi_extra=_IMAGE_BODY,
+)
+async def embed(
+    request: Request,
+    state: StateDep,
+    context: ContextDep,
+    deadline: DeadlineDep,
+    query: Annotated[schemas.EmbedQuery, Query()],
+) -> Response:
+    """Turn an image into a vector: pooled, after the network's final norm.
+
+    With `Accept: application/octet-stream` the reply is the little-endian float32 bytes alone,
+    one vector after the other.
+    """
+    outcomes, several = await _answer(request, state, context, deadline)
+    if "application/octet-stream" in request.headers.get("accept", ""):
+        return octet_reply(state, outcomes, query)
+    return json_reply(state, context, outcomes, several, lambda one: embed_fields(one, query))
+
+
+@router.get("/models", response_model=schemas.ModelInfo, responses={503: _ERRORS[503]})
+async def models(state: StateDep) -> Response:
+    """Say which package is loaded and what runs it."""
+    model, manifest = state.model(), state.package.manifest
+    proof = manifest.verification
+    evaluation = manifest.evaluation
+    info = schemas.ModelInfo(
+        name=manifest.name,
+        version=manifest.version,
+        variant=manifest.variant,
+        input_size=manifest.input.size,
+        classes=manifest.classes,
+        dim=manifest.embedding_dim,
+        labels=state.package.labels is not None,
+        backend=model.backend.name,
+        precision=model.backend.precision,
+        device=model.backend.device,
+        runtime=model.backend.runtime,
+        max_batch_size=model.max_batch_size,
+        batch_ms={str(size): seconds * 1e3 for size, seconds in model.batch_seconds.items()},
+        proof=schemas.Proof(
+            export_max_abs_logit_difference=proof.max_abs_logit_difference,
+            export_max_embedding_cosine_distance=proof.max_embedding_cosine_distance,
+            export_top1_agreement=proof.top1_agreement,
+            max_abs_logit_difference=model.golden.max_abs_logit_difference,
+            batch_dependence=model.golden.batch_dependence,
+        ),
+        evaluation=evaluation.model_dump() if evaluation else None,
+    )
+    return JSONResponse(info.model_dump())
+
+
+async def _answer(
+    request: Request, state: ServiceState, context: RequestContext, deadline: float
+) -> tuple[Sequence[Outcome], bool]:
+    """Read a request's images and answer them."""
+    pipeline = Pipeline(state, state.model(), deadline)
+    settings = state.settings
+    inputs = await read_inputs(
+        request, body_limit=settings.body_limit_bytes, max_images=settings.max_images
+    )
+    context.images = len(inputs.items)
+    outcomes = await unless_caller_leaves(request, pipeline.answer_all(inputs.items))
+    note_outcomes(context, outcomes)
+    return outcomes, inputs.several

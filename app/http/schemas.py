@@ -1,0 +1,149 @@
+"""The bodies of replies and queries, as OpenAPI shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ClassifyQuery(BaseModel):
+    """Query parameters of /classify."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    top_k: Annotated[int, Field(ge=1, description="How many classes, at most all.")] = 5
+
+
+class EmbedQuery(BaseModel):
+    """Query parameters of /embed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    normalize: Annotated[bool, Field(description="Scale the vector to length one.")] = False
+    encoding: Annotated[
+        Literal["float", "base64"],
+        Field(description="A list of numbers, or little-endian float32 in base64."),
+    ] = "float"
+
+
+class Timing(BaseModel):
+    """Milliseconds an image spent in each stage; `total` is since the request arrived."""
+
+    decode: float
+    queue: float
+    inference: float
+    total: float
+
+
+class Prediction(BaseModel):
+    """One class of a ranking; `label` is null where the package has no labels."""
+
+    index: int
+    label: str | None
+    probability: float
+
+
+class ErrorObject(BaseModel):
+    """What went wrong: a stable code and a sentence."""
+
+    code: str
+    message: str
+
+
+class Error(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+    request_id: str
+
+
+class ItemError(BaseModel):
+    """In the place of a result whose image could not be answered."""
+
+    error: ErrorObject
+
+
+class ClassifyItem(BaseModel):
+    """The ranking of one image among several, most probable class first."""
+
+    predictions: list[Prediction]
+    timing_ms: Timing
+
+
+class ClassifyOne(ClassifyItem):
+    """The reply to one image."""
+
+    model: str
+    version: str
+
+
+class ClassifySeveral(BaseModel):
+    """The reply to several images, in the order sent."""
+
+    model: str
+    version: str
+    results: list[ClassifyItem | ItemError]
+
+
+class EmbedItem(BaseModel):
+    """The embedding of one image among several."""
+
+    embedding: list[float] | str
+    dim: int
+    normalized: bool
+    timing_ms: Timing
+
+
+class EmbedOne(EmbedItem):
+    """The reply to one image."""
+
+    model: str
+    version: str
+
+
+class EmbedSeveral(BaseModel):
+    """The reply to several images, in the order sent."""
+
+    model: str
+    version: str
+    results: list[EmbedItem | ItemError]
+
+
+class Proof(BaseModel):
+    """How far the served numbers are from torch in float32.
+
+    The `export_` figures are the package's, the others were measured when this service started.
+    """
+
+    export_max_abs_logit_difference: float
+    export_max_embedding_cosine_distance: float
+    export_top1_agreement: float
+    max_abs_logit_difference: float
+    batch_dependence: float
+
+
+class ModelInfo(BaseModel):
+    """The loaded package and what runs it."""
+
+    name: str
+    version: str
+    variant: str
+    input_size: int
+    classes: int
+    dim: int
+    labels: bool
+    backend: str
+    precision: str
+    device: str
+    runtime: str
+    max_batch_size: int
+    batch_ms: dict[str, float]
+    proof: Proof
+    evaluation: dict[str, str | int | float] | None
+
+
+class Health(BaseModel):
+    """A probe's good answer."""
+
+    status: str

@@ -1,0 +1,66 @@
+"""What the routes share: the settings, the metrics, and the model once it is loaded."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from app.backends.base import BackendInfo
+from app.engine.base import Engine
+from app.engine.loading import GoldenCheck
+from app.errors import NotReady
+from app.metrics import Metrics
+from app.settings import Settings
+from models.package import Package
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A warm engine and what is known of it.
+
+    Attributes:
+        engine: answers images.
+        backend: what runs the network.
+        golden: how this machine's answers differ from torch in float32.
+        max_batch_size: the largest useful batch, found at warm-up.
+        batch_seconds: batch size -> seconds, measured at warm-up.
+    """
+
+    engine: Engine
+    backend: BackendInfo
+    golden: GoldenCheck
+    max_batch_size: int
+    batch_seconds: dict[int, float]
+
+
+@dataclass
+class ServiceState:
+    """One service's state; lives on `app.state.service`.
+
+    Attributes:
+        settings: as read at start.
+        package: the model to serve.
+        metrics: all of them.
+        decode_pool: threads that decode and resize; nothing else runs there.
+        api_keys: keys that are let in; None lets everybody in.
+        loaded: the model, None while it loads.
+        draining: SIGTERM came: still serving, no longer ready.
+    """
+
+    settings: Settings
+    package: Package
+    metrics: Metrics
+    decode_pool: ThreadPoolExecutor
+    api_keys: frozenset[str] | None = None
+    loaded: LoadedModel | None = field(default=None)
+    draining: bool = False
+
+    def model(self) -> LoadedModel:
+        """Return the loaded model.
+
+        Raises:
+            NotReady: it is still loading.
+        """
+        if self.loaded is None:
+            raise NotReady("the model is still loading; try again in a moment")
+        return self.loaded

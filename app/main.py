@@ -1,0 +1,161 @@
+"""The composition root: settings -> package -> backend -> engine -> application -> server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import prometheus_client
+
+from app.backends.select import select_backend
+from app.cpu import cpu_limit
+from app.engine.core import EngineCore
+from app.engine.loading import check_golden, warm_up
+from app.engine.local import LocalEngine
+from app.engine.window import BatchWindow
+from app.errors import StartupError
+from app.http.app import create_app
+from app.http.state import LoadedModel, ServiceState
+from app.logs import configure_logs
+from app.metrics import Metrics
+from app.server import Server, bind
+from app.settings import Settings
+from models.package import PackageError, find_package, open_package
+
+log = logging.getLogger("metaserve")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit code.
+
+    Raises:
+        StartupError: what can be known to be wrong before the model is loaded.
+        PackageError: there is no such package.
+    """
+    configure_logs(settings.log_level, settings.log_format)
+    state = build_state(settings)
+    app = create_app(state)
+    _serve_metrics_apart(state)
+    listener = bind(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    server = Server(app, state)
+    log.info("listening on %s, loading %s", url, state.package.path)
+    failures: list[str] = []
+
+    def load() -> None:
+        try:
+            state.loaded = load_model(state)
+        except (StartupError, PackageError) as error:
+            failures.append(str(error))
+        except Exception as error:
+            log.exception("loading the model hit a fault of ours")
+            failures.append(f"the model cannot be loaded: {error}")
+        else:
+            log.info("ready: %s", _what_to_type(state, url))
+            return
+        server.stop()
+
+    # A daemon: SIGTERM while a large model loads does not wait for it.
+    loader = threading.Thread(target=load, name="load", daemon=True)
+    loader.start()
+    server.run(sockets=[listener])
+    if failures:
+        raise StartupError(failures[0])
+    if loader.is_alive():
+        # Its native threads must not meet an interpreter that is being taken down.
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def build_state(settings: Settings) -> ServiceState:
+    """Find the package and put a service's state together; the model is not loaded yet.
+
+    Raises:
+        StartupError: a setting cannot be met.
+        PackageError: there is no such package.
+    """
+    if settings.workers > 1:
+        raise StartupError(
+            "this version serves with METASERVE_WORKERS=1; run several replicas for more"
+        )
+    package = open_package(find_package(settings.model, settings.model_store))
+    threads = settings.threads or cpu_limit()
+    return ServiceState(
+        settings=settings,
+        package=package,
+        metrics=Metrics(),
+        decode_pool=ThreadPoolExecutor(threads, thread_name_prefix="decode"),
+        api_keys=read_api_keys(settings.api_keys_file),
+    )
+
+
+def load_model(state: ServiceState) -> LoadedModel:
+    """Check the package's files, start the backend, reproduce the golden outputs, warm up.
+
+    Raises:
+        StartupError: the backend cannot run here.
+        PackageError: the package is damaged, or its numbers are not reproduced.
+    """
+    settings, package, metrics = state.settings, state.package, state.metrics
+    package.check_files()
+    _ = package.labels  # read now, so that a wrong file stops the start and not a request
+    backend = select_backend(settings, package, settings.threads or cpu_limit())
+    golden = check_golden(backend, package)
+    times = warm_up(backend, settings.max_batch_size)
+    info = backend.info
+    window = BatchWindow(times.largest_useful(), settings.max_wait_ms / 1000)
+    observer = metrics.batch_observer(info.name)
+    core = EngineCore(backend, window, times, settings.queue_budget_ms / 1000, observer)
+    engine = LocalEngine(core, settings.drain_timeout_s)
+    metrics.watch_engine(engine.status)
+    manifest = package.manifest
+    metrics.model_info.labels(
+        manifest.name,
+        manifest.version,
+        manifest.variant,
+        info.name,
+        info.precision,
+        info.device,
+    ).set(1)
+    log.info("%s %s on %s", manifest.name, manifest.version, info.runtime)
+    return LoadedModel(engine, info, golden, window.max_batch_size, times.as_dict())
+
+
+def read_api_keys(path: Path | None) -> frozenset[str] | None:
+    """Read one key a line; empty lines and lines that start with # do not count.
+
+    Raises:
+        StartupError: the file cannot be read, or holds no key.
+    """
+    if path is None:
+        return None
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"METASERVE_API_KEYS_FILE {path} cannot be read: {error}") from error
+    keys = frozenset(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise StartupError(f"METASERVE_API_KEYS_FILE {path} holds no key; put one on a line")
+    return keys
+
+
+def _serve_metrics_apart(state: ServiceState) -> None:
+    port = state.settings.metrics_port
+    if port is None:
+        return
+    try:
+        prometheus_client.start_http_server(port, state.settings.host, state.metrics.registry)
+    except OSError as error:
+        raise StartupError(
+            f"METASERVE_METRICS_PORT={port} cannot be opened: {error.strerror}"
+        ) from error
+
+
+def _what_to_type(state: ServiceState, url: str) -> str:
+    key = " -H 'Authorization: Bearer <key>'" if state.api_keys is not None else ""
+    return f"try  curl{key} --data-binary @IMAGE {url}/classify  or open {url}/docs"

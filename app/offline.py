@@ -1,0 +1,72 @@
+"""The straight line without a server: image file -> JSON, one at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import orjson
+
+from app.backends.select import select_backend
+from app.cpu import cpu_limit
+from app.engine.loading import check_golden
+from app.images.decode import decode_image
+from app.images.prepare import needed_size, prepare_image
+from app.images.rank import normalise, rank
+from app.settings import Settings
+from app.types import Rows
+from models.package import find_package, open_package
+
+
+class OfflineModel:
+    """A checked model in this process.
+
+    Args:
+        settings: as the server's; those about HTTP and queues do not count here.
+
+    Raises:
+        StartupError: the backend cannot run here.
+        PackageError: there is no such package, or it is damaged.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._package = open_package(find_package(settings.model, settings.model_store))
+        self._package.check_files()
+        self._backend = select_backend(settings, self._package, settings.threads or cpu_limit())
+        check_golden(self._backend, self._package)
+
+    def classify(self, data: bytes, top_k: int) -> bytes:
+        """Return what `/classify` answers to an image, without timings.
+
+        Raises:
+            InvalidInput: the image cannot be used.
+        """
+        predictions = [
+            {"index": one.index, "label": one.label, "probability": one.probability}
+            for one in rank(self._run(data).logits[0], self._package.labels, top_k)
+        ]
+        return self._json({"predictions": predictions})
+
+    def embed(self, data: bytes, normalize: bool) -> bytes:
+        """Return what `/embed` answers to an image, without timings.
+
+        Raises:
+            InvalidInput: the image cannot be used.
+        """
+        vector = self._run(data).embedding[0]
+        vector = normalise(vector) if normalize else vector
+        return self._json({"embedding": vector, "dim": len(vector), "normalized": normalize})
+
+    def _run(self, data: bytes) -> Rows:
+        spec = self._package.manifest.input
+        image = decode_image(
+            data,
+            max_pixels=self._settings.max_pixels,
+            exif_orientation=self._settings.exif_orientation,
+            draft_size=needed_size(spec) if self._settings.decode == "scaled" else None,
+        )
+        return self._backend.run(prepare_image(image, spec)[np.newaxis])
+
+    def _json(self, fields: dict[str, object]) -> bytes:
+        manifest = self._package.manifest
+        head = {"model": manifest.name, "version": manifest.version}
+        return orjson.dumps(head | fields, option=orjson.OPT_SERIALIZE_NUMPY)
