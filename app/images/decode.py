@@ -167,14 +167,15 @@ def _identify(data: bytes) -> str:
 
 
 def _signature(head: bytes) -> str:
+    for magic, kind in _SIGNATURES:
+        if head.startswith(magic):
+            return kind
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
         # Brands are a list: a HEIC and an AVIF file may both begin with the brand `mif1`.
         return "AVIF" if b"avi" in head[8:64] else "HEIC or a video"
-    if b"<svg" in head:
-        return "SVG"
-    return next((name for magic, name in _SIGNATURES if head.startswith(magic)), "")
+    return "SVG" if b"<svg" in head else ""
 
 
 def _check_header(image: ImageFile.ImageFile, max_pixels: int) -> None:
