@@ -13,6 +13,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
@@ -67,6 +68,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = CollectorRegistry()
+        disable_created_metrics()  # a second time series for each, which nobody asks for
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)

@@ -12,7 +12,7 @@ from app.http import schemas
 from app.http.context import RequestContext
 from app.http.deps import ContextDep, DeadlineDep, StateDep, require_api_key
 from app.http.inputs import read_inputs
-from app.http.pipeline import Outcome, Pipeline, note_outcomes, unless_caller_leaves
+from app.http.pipeline import Outcome, Pipeline, milliseconds, note_outcomes, unless_caller_leaves
 from app.http.replies import classify_fields, embed_fields, json_reply, octet_reply
 from app.http.state import ServiceState
 
@@ -132,7 +132,9 @@ async def models(state: StateDep) -> Response:
         device=model.backend.device,
         runtime=model.backend.runtime,
         max_batch_size=model.max_batch_size,
-        batch_ms={str(size): seconds * 1e3 for size, seconds in model.batch_seconds.items()},
+        batch_ms={
+            str(size): milliseconds(seconds) for size, seconds in model.batch_seconds.items()
+        },
         proof=schemas.Proof(
             export_max_abs_logit_difference=proof.max_abs_logit_difference,
             export_max_embedding_cosine_distance=proof.max_embedding_cosine_distance,

@@ -1,0 +1,60 @@
+# One runner with plain names. `make serve` and `make test` do all the set-up they need.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# `make serve PYTHON=/path/to/python3.12` names another interpreter.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help serve test test-slow lint types format docs examples clean python
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+serve: $(VENV)/.serve ## set up the small runtime and serve on http://localhost:8000
+	@echo "When it says ready, type in another terminal:"
+	@echo "  curl --data-binary @examples/images/digit_3.png http://localhost:$${METASERVE_PORT:-8000}/classify"
+	@$(BIN)/metaserve serve
+
+test: $(VENV)/.test ## set up everything and run all tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.test ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.test ## mypy, strict
+	@$(BIN)/mypy
+
+format: $(VENV)/.test ## let ruff put the code in shape
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+docs: $(VENV)/.serve ## write docs/settings.md again from the settings class
+	@$(BIN)/python -m app.settings > docs/settings.md
+
+clean: ## remove the virtual environment and caches
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# The runtime alone: no torch, nothing that only an export or a test needs.
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) for serving (about 30 seconds, once) ..."
+	@$(PIP) --editable '.[cpu]'
+	@touch $@
+
+# timm and torchvision are the reference the tests compare with. They come without their own
+# dependencies: those would replace the CPU build of torch.
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) for tests: torch, onnx, timm (a few minutes, once) ..."
+	@$(PIP) --editable '.[cpu,export,dev]'
+	@$(PIP) --no-deps timm torchvision
+	@touch $(VENV)/.serve $@
+
+$(BIN)/python: | python
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "metaserve cannot make a virtual \
+	environment; install the venv module of $(PYTHON) (on Debian: apt install python3-venv)." >&2; exit 2; }
+
+python:
+	@test -n "$(PYTHON)" || { echo "metaserve needs Python 3.11 or newer and finds none; install it, or \
+	name one: make serve PYTHON=/path/to/python3.11" >&2; exit 2; }
