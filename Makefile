@@ -14,7 +14,7 @@ help: ## this list
 
 serve: $(VENV)/.serve ## set up the small runtime and serve on http://localhost:8000
 	@echo "When it says ready, type in another terminal:"
-	@echo "  curl --data-binary @examples/images/digit_3.png http://localhost:$${METASERVE_PORT:-8000}/classify"
+	@echo "  curl --data-binary @examples/images/scan_three.png http://localhost:$${METASERVE_PORT:-8000}/classify"
 	@$(BIN)/metaserve serve
 
 test: $(VENV)/.test ## set up everything and run all tests

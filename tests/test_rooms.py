@@ -1,0 +1,135 @@
+"""The plan of the rooms, kept by walking the import statements."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Who may import whom: room -> prefixes of modules of ours. A room may always import itself.
+PLAN = {
+    "models": set[str](),
+    "export": {"models"},
+    "app.errors": set[str](),
+    "app.types": set[str](),
+    "app.cpu": set[str](),
+    "app.logs": set[str](),
+    "app.settings": {"app.errors"},
+    "app.metrics": {"app.errors", "app.engine.base"},
+    "app.backends": {"models", "app.errors", "app.types", "app.settings"},
+    "app.images": {"models.package", "app.errors", "app.types"},
+    "app.engine": {"models.package", "app.errors", "app.types", "app.backends.base"},
+    "app.http": {
+        "models.package",
+        "app.errors",
+        "app.types",
+        "app.settings",
+        "app.metrics",
+        "app.images",
+        "app.engine.base",
+        "app.engine.loading",
+        "app.backends.base",
+    },
+    "app.server": {"app.errors", "app.http.state"},
+    "app.offline": {"models.package", "app"},
+    "app.main": {"models.package", "app"},
+    "app.cli": {"models.package", "models.variants", "export.cli", "app"},
+}
+
+# What each heavy library is imported by; nothing else may, not even inside a function.
+HEAVY = {
+    "torch": {"models.layers", "models.metaformer", "models.checkpoints", "models.build",
+              "models.serving", "export.onnx", "export.verify", "app.backends.pytorch"},
+    "safetensors": {"models.checkpoints", "export.publish",
+                    "app.backends.pytorch"},
+    "onnx": {"export.onnx"},
+    "onnxruntime": {"app.backends.ort", "export.verify"},
+    "timm": set[str](),
+    "torchvision": set[str](),
+    "sklearn": set[str](),
+}  # fmt: skip
+
+
+def modules() -> dict[str, set[str]]:
+    """Return every module of ours -> the modules it names in import statements."""
+    found = {}
+    for package in ("app", "export", "models"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = imports_of(path)
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(f"{prefix}.")
+
+
+MODULES = modules()
+
+
+def room_of(module: str) -> str:
+    rooms = [room for room in PLAN if within(module, room)]
+    assert rooms, f"{module} is in no room of the plan"
+    return max(rooms, key=len)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("app",)])
+def test_imports_go_the_way_of_the_plan(module: str) -> None:
+    room = room_of(module)
+    allowed = PLAN[room] | {room}
+    ours = {name for name in MODULES[module] if name.split(".")[0] in ("app", "export", "models")}
+    strays = {name for name in ours if not any(within(name, prefix) for prefix in allowed)}
+    assert not strays, f"{module} (room {room}) may not import {sorted(strays)}"
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_heavy_libraries_are_imported_where_they_belong_and_nowhere_else(library: str) -> None:
+    importers = {
+        module for module, names in MODULES.items() if any(within(name, library) for name in names)
+    }
+    assert importers == HEAVY[library]
+
+
+def test_the_plan_would_see_a_stray_import(tmp_path: Path) -> None:
+    stray = tmp_path / "stray.py"
+    stray.write_text("def f():\n    from export.onnx import OPSET\n    import torch\n")
+    assert imports_of(stray) == {"export.onnx.OPSET", "torch"}
+
+
+def test_serving_the_embedded_model_imports_no_torch_and_no_exporter() -> None:
+    script = """
+import sys
+for name in ("torch", "onnx", "onnxscript", "safetensors", "timm", "torchvision", "sklearn"):
+    sys.modules[name] = None  # any import of it fails from here on
+from app.cli import main
+from app.main import build_state, load_model
+from app.http.app import create_app
+from app.settings import Settings
+state = build_state(Settings())
+create_app(state)
+state.loaded = load_model(state)
+print(state.loaded.backend.runtime)
+code = main(["classify", sys.argv[1]])
+sys.exit(code)
+"""
+    image = ROOT / "examples/images/scan_three.png"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(image)], cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.startswith(b"onnxruntime")
+    assert b'"label":"three"' in done.stdout
