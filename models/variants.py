@@ -128,8 +128,8 @@ PAPER_ARCHITECTURES: dict[str, Architecture] = {
 # The embedded model: small enough to ship, the same building blocks as every CAFormer.
 CAFORMER_DIGITS = Architecture(
     name="caformer_digits",
-    depths=(1, 1, 2, 1),
-    dims=(24, 48, 64, 64),
+    depths=(2, 2, 1, 1),
+    dims=(32, 48, 64, 64),
     mixers=("conv", "conv", "attention", "attention"),
     norm="position",
     head="mlp",

@@ -1,0 +1,1 @@
+"""Worked examples: a model trained from scratch, and images to send."""

@@ -1,0 +1,1 @@
+"""The training of `caformer_digits`, the embedded model, on real handwritten digits."""
