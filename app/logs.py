@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -24,7 +25,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # a path that is no UTF-8 holds what only escapes can write
+            return json.dumps(line, default=str)
 
 
 class TextFormatter(logging.Formatter):
@@ -51,8 +55,9 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
     logging.captureWarnings(True)
     # The server's own lines about starting and stopping say less than ours.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    for name in ("python_multipart", "asyncio"):
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
+    logging.getLogger("asyncio").setLevel(max(logging.WARNING, logging.root.level))
+    # It warns of every body that is not well formed; the request's own line says so.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def _printable(value: object) -> str:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import StartupError
@@ -16,10 +16,17 @@ from app.errors import StartupError
 PREFIX = "METASERVE_"
 
 
+def _as_number(value: object) -> object:
+    """Turn digits into a number: a Literal does not, and variables are texts."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class Settings(BaseSettings):
     """What the service does; nothing else reads the environment."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False
+    )
 
     model: str = Field(
         "caformer_digits",
@@ -64,7 +71,9 @@ class Settings(BaseSettings):
     receive_timeout_ms: Annotated[float, Field(gt=0)] = Field(
         30_000.0, description="How long a request body may take to arrive."
     )
-    overload_status: Literal[503, 429] = Field(503, description="Status of `overloaded` refusals.")
+    overload_status: Annotated[Literal[503, 429], BeforeValidator(_as_number)] = Field(
+        503, description="Status of `overloaded` refusals."
+    )
     body_limit_bytes: Annotated[int, Field(ge=1)] = Field(
         32 * 1024 * 1024, description="Largest request body."
     )
@@ -144,3 +153,53 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
             nearest = get_close_matches(name.upper(), known, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "docs/settings.md lists them all"
             raise StartupError(f"there is no setting {name}; {hint}")
+
+
+def settings_page() -> str:
+    """Return docs/settings.md."""
+    rows = [
+        f"| `{PREFIX}{name.upper()}` | `--{name.replace('_', '-')}` | {_default(field)} "
+        f"| {_allowed(field)} | {field['description']} |"
+        for name, field in Settings.model_json_schema()["properties"].items()
+    ]
+    return "\n".join([*_PAGE_HEAD, *rows]) + "\n"
+
+
+_PAGE_HEAD = (
+    "# Settings",
+    "",
+    "<!-- Written by `make docs` from app/settings.py; edit it there. -->",
+    "",
+    "Each setting is an environment variable and a flag of `metaserve serve`; a flag goes before a",
+    "variable. A `METASERVE_*` variable that is not listed here stops the start, with the nearest",
+    "name that is.",
+    "",
+    "| Variable | Flag | Default | Allowed | What it does |",
+    "| --- | --- | --- | --- | --- |",
+)
+
+
+def _default(field: dict[str, Any]) -> str:
+    default = field["default"]
+    if default is None:
+        return "none"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{str(default).lower()}`"
+
+
+def _allowed(field: dict[str, Any]) -> str:
+    """Return a field's choices, or its type and bounds."""
+    kind = next((one for one in field.get("anyOf", ()) if one["type"] != "null"), field)
+    if "enum" in kind:
+        return ", ".join(f"`{choice}`" for choice in kind["enum"])
+    words = {"string": "text", "integer": "whole number", "boolean": "`true`, `false`"}
+    name = "path" if kind.get("format") == "path" else words.get(kind["type"], kind["type"])
+    bounds = [
+        f"{sign} {kind[key]:g}"
+        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))
+        if key in kind
+    ]
+    return " ".join([name, ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")

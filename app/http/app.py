@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 
 from app.http import health, routes
 from app.http.errors import install_error_handlers
@@ -39,6 +40,8 @@ def create_app(state: ServiceState) -> FastAPI:
         version=version("metaserve"),
         summary="MetaFormer vision models behind HTTP: labels and vectors from images.",
         redoc_url=None,
+        # A redirect would name http:// behind a proxy that speaks https to the caller.
+        redirect_slashes=False,
         lifespan=lifespan,
         middleware=[
             Middleware(ObserveRequests, state=state),
@@ -61,6 +64,7 @@ def create_app(state: ServiceState) -> FastAPI:
         return RedirectResponse("docs")
 
     @app.exception_handler(CallerLeft)
+    @app.exception_handler(ClientDisconnect)  # likewise, in the middle of the body
     async def on_caller_left(request: object, _: Exception) -> Response:
         state.metrics.requests_cancelled.inc()
         return Response(status_code=CALLER_LEFT)

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+PROBES = frozenset({"/livez", "/readyz", "/startupz"})
+"""What orchestrators ask every few seconds; neither logged nor counted as traffic is."""
+
 _KEY = "metaserve.context"
 _CLEAN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 

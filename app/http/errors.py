@@ -32,7 +32,7 @@ from app.errors import (
     UndecodableImage,
     UnsupportedFormat,
 )
-from app.http.context import context_of
+from app.http.context import PROBES, context_of
 from app.http.state import ServiceState
 
 STATUSES: dict[type[ServiceError], int] = {
@@ -96,7 +96,8 @@ def install_error_handlers(app: FastAPI) -> None:
         state: ServiceState = request.app.state.service
         context = context_of(request.scope)
         context.error_code = error.code
-        state.metrics.count_error(error)
+        if request.url.path not in PROBES:  # a service that is not ready refuses nobody's image
+            state.metrics.count_error(error)
         return error_response(error, context.request_id, state.settings.overload_status)
 
     async def on_http_error(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BodyTooLarge, ReceiveTimeout, ServiceError
-from app.http.context import RequestContext, context_of, new_context
+from app.http.context import PROBES, RequestContext, context_of, new_context
 from app.http.errors import error_response
 from app.http.state import ServiceState
 
@@ -23,7 +23,7 @@ log = logging.getLogger("metaserve.http")
 CALLER_LEFT = 499
 """What the log and the metrics show where nobody was left to answer; nginx's number for it."""
 
-_QUIET_ROUTES = frozenset({"/livez", "/readyz", "/startupz", "/metrics"})
+_QUIET_ROUTES = PROBES | {"/metrics"}
 
 
 class ObserveRequests:
@@ -77,7 +77,9 @@ class LimitBody:
     """Bounds a body's size and the time it may take, where it is read and nowhere else.
 
     What is over the limit raises from `receive`, so that the route's error handling answers it; a
-    body that nobody reads costs nothing.
+    body that nobody reads costs nothing. Where the caller waits for leave to send its body
+    (`Expect: 100-continue`) and is answered without it, the connection ends with the reply: whether
+    a body or the next request follows, nobody could tell.
     """
 
     def __init__(self, app: ASGIApp, limit_bytes: int, timeout_seconds: float) -> None:
@@ -94,13 +96,15 @@ class LimitBody:
         announced = _content_length(scope)
         receive_until = context.started_at + self._timeout_seconds
         complete = False
+        waits_for_leave = Headers(scope=scope).get("expect", "").lower() == "100-continue"
 
         async def receive_watched() -> Message:
-            nonlocal complete
+            nonlocal complete, waits_for_leave
             if complete:  # the body is here; what may still come is the caller's leaving
                 return await receive()
             if announced > self._limit_bytes:
                 raise self._too_large(announced)
+            waits_for_leave = False  # the server gives it now
             try:
                 async with asyncio.timeout(receive_until - time.monotonic()):
                     message = await receive()
@@ -115,7 +119,12 @@ class LimitBody:
                     raise self._too_large(context.received_bytes)
             return message
 
-        await self._app(scope, receive_watched, send)
+        async def send_watched(message: Message) -> None:
+            if message["type"] == "http.response.start" and waits_for_leave:
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive_watched, send_watched)
 
     def _too_large(self, size: int) -> BodyTooLarge:
         return BodyTooLarge(

@@ -67,9 +67,6 @@ class Pipeline:
         refused = (Refused, DeadlineExceeded)
         if isinstance(first, refused) and all(isinstance(other, refused) for other in outcomes):
             raise first
-        for outcome in outcomes:
-            if isinstance(outcome, ServiceError):
-                self._state.metrics.count_error(outcome)
         return list(outcomes)
 
     async def answer(self, item: Item) -> Answered:

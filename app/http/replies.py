@@ -59,6 +59,9 @@ def json_reply(
     manifest = state.package.manifest
     head: Fields = {"model": manifest.name, "version": manifest.version}
     if several:
+        for outcome in outcomes:  # an error that is raised is counted where it is handled
+            if isinstance(outcome, ServiceError):
+                state.metrics.count_error(outcome)
         results = [_item(context, outcome, fields_of) for outcome in outcomes]
         content = head | {"results": results}
     else:
