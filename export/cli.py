@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from pydantic import ValidationError
+
 from models.package import (
     WEIGHTS,
     InputSpec,
@@ -140,12 +142,17 @@ def _input_spec(architecture: Architecture, arguments: argparse.Namespace) -> In
         for name in ("mean", "std")
         if (value := getattr(arguments, name)) is not None
     }
-    return InputSpec(
-        size=arguments.input_size or architecture.input_size,
-        crop_pct=arguments.crop_pct,
-        interpolation=arguments.interpolation,
-        **stated,
-    )
+    try:
+        return InputSpec(
+            size=arguments.input_size or architecture.input_size,
+            crop_pct=arguments.crop_pct,
+            interpolation=arguments.interpolation,
+            **stated,
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        flag = str(fault["loc"][0]).replace("_", "-").replace("size", "input-size")
+        raise ValueError(f"--{flag} {fault['input']}: {fault['msg'].lower()}") from error
 
 
 class _steps:

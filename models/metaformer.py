@@ -6,6 +6,7 @@ The module tree follows timm's names, so that the state dicts of timm load as th
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.layers import (
     NORMS,
@@ -139,7 +140,10 @@ class Head(nn.Module):
 
     def embed(self, feature_map: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, C). Pool, then norm: the other order gives another vector."""
-        return self.norm(feature_map.mean((1, 2)))  # type: ignore[no-any-return]
+        # Not `mean((1, 2))`: ONNX Runtime sums a single image in another order than a batch, and
+        # the answer for an image would depend on its company.
+        pooled = F.avg_pool2d(feature_map.permute(0, 3, 1, 2), feature_map.shape[1:3]).flatten(1)
+        return self.norm(pooled)  # type: ignore[no-any-return]
 
 
 class MetaFormer(nn.Module):
