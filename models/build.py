@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from models.checkpoints import Checkpoint, fit_state
+from models.checkpoints import Checkpoint, fit_state, load_checkpoint
 from models.metaformer import MetaFormer
 from models.package import Package
 from models.serving import ServedModel
@@ -19,14 +20,7 @@ def build_network(architecture: Architecture, checkpoint: Checkpoint) -> MetaFor
     Raises:
         CheckpointError: the checkpoint does not fit; the sentence names the key.
     """
-    network = MetaFormer(architecture, checkpoint.classes, checkpoint.head_norm_eps)
-    return load_state(network, fit_state(checkpoint.state, network.state_dict()))
-
-
-def load_state(network: MetaFormer, state: Mapping[str, Tensor]) -> MetaFormer:
-    """Load fitted weights and switch the network to evaluation."""
-    network.load_state_dict(dict(state), strict=True)
-    return network.eval().requires_grad_(False)
+    return _build(architecture, checkpoint.state, checkpoint.classes, checkpoint.head_norm_eps)
 
 
 def load_served_model(package: Package) -> ServedModel:
@@ -34,15 +28,25 @@ def load_served_model(package: Package) -> ServedModel:
 
     Raises:
         PackageError: the package holds no weights.
-        CheckpointError: the weights do not fit the manifest's architecture.
+        CheckpointError: the weights cannot be read or do not fit the manifest's architecture.
     """
-    from safetensors.torch import load_file
-
     manifest = package.manifest
-    network = MetaFormer(
-        manifest.architecture.to_architecture(), manifest.classes, manifest.head_norm_eps
+    network = _build(
+        manifest.architecture.to_architecture(),
+        load_checkpoint(package.weights_path).state,
+        manifest.classes,
+        manifest.head_norm_eps,
     )
-    state = load_file(package.weights_path)
-    return ServedModel(
-        load_state(network, fit_state(state, network.state_dict())), manifest.input
-    ).eval()
+    return ServedModel(network, manifest.input).eval()
+
+
+def _build(
+    architecture: Architecture, state: Mapping[str, Tensor], classes: int, head_norm_eps: float
+) -> MetaFormer:
+    # On the meta device the initial values, which the weights replace, cost no time.
+    with torch.device("meta"):
+        network = MetaFormer(architecture, classes, head_norm_eps)
+    fitted = fit_state(state, network.state_dict())
+    # Copied, not assigned: safetensors maps the file, which may be overwritten under a server.
+    network.to_empty(device="cpu").load_state_dict(fitted, strict=True)
+    return network.eval().requires_grad_(False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,10 @@ def load_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         raise CheckpointError(
             f"{path.name} has no classifier (neither head.fc.fc2.weight nor head.fc.weight)"
         )
+    if not classifier.ndim or not classifier.shape[0]:
+        raise CheckpointError(
+            f"the classifier of {path.name} has shape {list(classifier.shape)}, which is no classes"
+        )
     return Checkpoint(
         state=state,
         layout=layout,
@@ -113,11 +117,17 @@ def unwrap(content: object, *, ema: bool = True) -> dict[str, Tensor]:
         )
     state: dict[str, Tensor] = {}
     for key, value in content.items():
+        if not isinstance(key, str) or not key.isprintable():
+            raise CheckpointError(f"a key of the state dict is no name: {_shorten(ascii(key))}")
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{key!r} is a {type(value).__name__}, not a tensor")
-        name = str(key)
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
+            raise CheckpointError(f"{key!r} is of type {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise CheckpointError(f"{key!r} is a sparse, nested or meta tensor, not a plain one")
+        name = key
+        while name.startswith(PREFIXES):  # data parallel and compiled, in either order
+            name = name.partition(".")[2]
+        if name in state:
+            raise CheckpointError(f"{name!r} is there twice, with a prefix and without")
         state[name] = value
     return state
 
@@ -129,18 +139,24 @@ def detect_layout(state: Mapping[str, Tensor]) -> Layout:
         CheckpointError: PoolFormer v1, or nothing we know.
     """
     # Never decided on `head.norm.weight`: both layouts have it, with different meanings.
-    if "stem.conv.weight" in state:
-        return "timm"
-    if "downsample_layers.0.conv.weight" in state:
-        return "official"
-    if "network.0.0.mlp.fc1.weight" in state or "patch_embed.proj.weight" in state:
+    if _is_poolformer_v1(state):
         raise CheckpointError(
             "this is a PoolFormer v1 checkpoint, another network than PoolFormerV2; "
             "use a poolformerv2 checkpoint"
         )
+    if "stem.conv.weight" in state:
+        return "timm"
+    if "downsample_layers.0.conv.weight" in state:
+        return "official"
     raise CheckpointError(
         f"these are no MetaFormer weights; the file starts with {', '.join(sorted(state)[:5])}"
     )
+
+
+def _is_poolformer_v1(state: Mapping[str, Tensor]) -> bool:
+    if "stem.conv.weight" in state:  # timm: no norm after the stem, but layer scales
+        return "stem.norm.weight" not in state and "stages.0.blocks.0.layer_scale1.scale" in state
+    return "network.0.0.mlp.fc1.weight" in state or "patch_embed.proj.weight" in state
 
 
 def fit_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +179,8 @@ def fit_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> di
 
 def _fit(key: str, tensor: Tensor, expected: Tensor) -> Tensor:
     shape, wanted = tuple(tensor.shape), tuple(expected.shape)
-    if shape != wanted and shape != (*wanted, 1, 1):
+    is_pointwise = len(wanted) == 2 and shape == (*wanted, 1, 1)
+    if shape != wanted and not is_pointwise:
         raise CheckpointError(f"{key} has shape {list(shape)}, the network wants {list(wanted)}")
     if not tensor.is_floating_point():
         raise CheckpointError(f"{key} is {tensor.dtype}, the network wants floating point")
@@ -178,6 +195,10 @@ def _some(keys: list[str], shown: int = 3) -> str:
     return ", ".join(keys[:shown]) + more
 
 
+def _shorten(text: str) -> str:
+    return textwrap.shorten(text, width=160, placeholder=" ...")
+
+
 def _rename(key: str) -> str:
     for pattern, replacement in RENAMES:
         if pattern.match(key):
@@ -186,35 +207,38 @@ def _rename(key: str) -> str:
 
 
 def _read(path: Path) -> object:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory; give the checkpoint file in it")
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path.name} is no readable safetensors file: {error}"
-            ) from error
-    if path.suffix not in (".pth", ".pt", ".bin"):
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
         raise CheckpointError(f"{path.name} is neither .safetensors nor .pth, .pt or .bin")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path.name} is empty")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path.name} holds more than plain tensors ({_unsafe_names(path, error)}) and is not "
-            "unpickled; save its state dict alone, best as .safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path.name} is no readable torch file: {first_line}") from error
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        raise CheckpointError(_why_unreadable(path, error)) from error
 
 
-def _unsafe_names(path: Path, error: Exception) -> str:
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if not isinstance(error, pickle.UnpicklingError):
+        kind = "safetensors" if path.suffix == ".safetensors" else "torch"
+        reason = _shorten(f"{type(error).__name__}: {error}")
+        return f"{path.name} cannot be read as a {kind} file ({reason})"
+    advice = "save its state dict alone, best as .safetensors"
+    if names := _unsafe_names(path, error):
+        found = _shorten(", ".join(sorted(names)[:3]))
+        return f"{path.name} holds more than plain tensors ({found}) and is not unpickled; {advice}"
+    return f"{path.name} is no torch checkpoint that can be read safely; {advice}"
+
+
+def _unsafe_names(path: Path, error: Exception) -> list[str]:
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # an old or damaged pickle: fall back on what the unpickler said
-        names = re.findall(r"GLOBAL ([\w.]+)", str(error))
-    return ", ".join(names[:3]) or "an object it would have to run code for"
+        return re.findall(r"GLOBAL ([\w.]+)", str(error))
