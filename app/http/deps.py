@@ -41,7 +41,9 @@ async def require_api_key(request: Request, state: StateDep) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     # Every key is compared, in constant time: how long it takes tells nothing.
-    known = [hmac.compare_digest(given.encode(), key.encode()) for key in state.api_keys]
+    # Headers arrive decoded as Latin-1, whatever they were.
+    sent = given.encode("latin-1")
+    known = [hmac.compare_digest(sent, key.encode()) for key in state.api_keys]
     if not any(known):
         raise Unauthenticated("send a known API key in the header Authorization: Bearer <key>")
 

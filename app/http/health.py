@@ -13,7 +13,7 @@ router = APIRouter()
 metrics_router = APIRouter()
 
 
-@router.get("/livez", response_model=schemas.Health)
+@router.get("/livez", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
 async def livez(state: StateDep) -> schemas.Health:
     """Fail only when work is pending and nothing has completed for too long."""
     if state.loaded is not None:

@@ -63,33 +63,43 @@ async def read_inputs(request: Request, *, body_limit: int, max_images: int) -> 
 
 
 async def _read_multipart(request: Request, body_limit: int, max_images: int) -> Inputs:
-    parser = _InMemoryParser(
-        request.headers, _stream(request), max_files=max_images, max_fields=max_images
-    )
-    parser.spool_max_size = body_limit + 1
     try:
-        form = await parser.parse()
+        form = await _MultipartParser(request, body_limit, max_images).parse()
     except MultiPartException as error:
         if error.message.startswith("Too many"):
             raise _too_many(max_images) from error
         raise BadRequest(f"the multipart body cannot be read: {error.message}") from error
     except (KeyError, ValueError, LookupError) as error:
         raise BadRequest("the multipart body cannot be read; check its boundary") from error
-    parts = form.getlist("image")
-    if not parts:
+    items = [await _read_part(part) for part in form.getlist("image")]
+    await form.close()
+    if not items:
         names = ", ".join(sorted(set(form.keys()))) or "none"
         raise BadRequest(f"no part is named image (found: {names[:200]}); name it so")
-    items = [await _read_part(part) for part in parts]
     return Inputs(items, several=len(items) > 1)
 
 
-class _InMemoryParser(MultiPartParser):
-    """Keeps files in memory: the body is bounded already, and a disk may be full or read-only."""
+class _MultipartParser(MultiPartParser):
+    """Refuses a body that is cut short, whose last image would else be missing in silence.
 
+    Files stay in memory: the body is bounded already, and a disk may be full or read-only.
+    """
 
-async def _stream(request: Request) -> AsyncGenerator[bytes, None]:
-    async for chunk in request.stream():
-        yield chunk
+    def __init__(self, request: Request, body_limit: int, max_images: int) -> None:
+        super().__init__(
+            request.headers, self._chunks(request), max_files=max_images, max_fields=max_images
+        )
+        self.spool_max_size = body_limit + 1
+        self._ended = False
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def _chunks(self, request: Request) -> AsyncGenerator[bytes, None]:
+        async for chunk in request.stream():
+            yield chunk
+        if not self._ended:
+            raise MultiPartException("it ends before its closing boundary")
 
 
 async def _read_part(part: UploadFile | str) -> Item:

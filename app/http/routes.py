@@ -113,7 +113,11 @@ async def embed(
     return json_reply(state, context, outcomes, several, lambda one: embed_fields(one, query))
 
 
-@router.get("/models", response_model=schemas.ModelInfo, responses={503: _ERRORS[503]})
+@router.get(
+    "/models",
+    response_model=schemas.ModelInfo,
+    responses={status: _ERRORS[status] for status in (401, 503)},
+)
 async def models(state: StateDep) -> Response:
     """Say which package is loaded and what runs it."""
     model, manifest = state.model(), state.package.manifest
