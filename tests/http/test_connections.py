@@ -1,0 +1,390 @@
+"""Callers that leave, connections that go on, and what is no HTTP at all."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import httpx
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from app.engine.base import EngineStatus
+from tests.http.wire import Wire, best_classes, check_error, grey, http, parts
+from tests.servers import WAIT_SECONDS, RunningService, WatchedBackend, running_service
+
+Ask = Callable[[RunningService, bytes], "Future[httpx.Response]"]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RunningService]:
+    with running_service(body_limit_bytes=1_000_000) as running:
+        yield running
+
+
+@pytest.fixture
+def ask() -> Iterator[Ask]:
+    """Classify in the background; the threads are there before any service looks for its own."""
+    started = threading.Barrier(3)
+
+    def post(service: RunningService, data: bytes) -> httpx.Response:
+        url = f"{service.url}/classify"
+        return httpx.post(url, content=data, timeout=WAIT_SECONDS, trust_env=False)
+
+    with ThreadPoolExecutor(2) as executor:
+        for _ in range(2):
+            executor.submit(started.wait, WAIT_SECONDS)
+        started.wait(WAIT_SECONDS)
+        yield lambda service, data: executor.submit(post, service, data)
+
+
+def status(service: RunningService) -> EngineStatus:
+    assert service.state.loaded is not None
+    return service.state.loaded.engine.status()
+
+
+def cancelled(service: RunningService) -> float:
+    return service.metric("metaserve_requests_cancelled_total")
+
+
+def left(service: RunningService, path: str = "/classify") -> float:
+    """Return how many requests ended with nobody there."""
+    return service.metric("metaserve_request_duration_seconds_count", route=path, status="499")
+
+
+# Callers that leave.
+
+
+def test_a_caller_that_leaves_the_queue_never_reaches_the_backend(ask: Ask) -> None:
+    backend = WatchedBackend(gate_open=False)
+    with running_service(backend) as service:
+        first = ask(service, grey(0))
+        backend.wait_for_batches(1)
+        with service.connect() as leaving:
+            leaving.sendall(http("POST", "/classify", grey(255)))
+            service.wait_until(lambda: status(service).queue_depth == 1, "the caller waits")
+            neighbour = ask(service, grey(28))
+            service.wait_until(lambda: status(service).queue_depth == 2, "the neighbour waits")
+
+        service.wait_until(lambda: status(service).queue_depth == 1, "the place is free")
+        service.wait_until(lambda: left(service) == 1, "the request ends")
+        assert cancelled(service) == 1
+        backend.gate.set()
+
+        assert best_classes([first.result(WAIT_SECONDS).json()]) == [0]
+        assert best_classes([neighbour.result(WAIT_SECONDS).json()]) == [1]
+        assert backend.images == 2
+
+
+def test_all_images_of_a_caller_that_leaves_are_forgotten(ask: Ask) -> None:
+    backend = WatchedBackend(gate_open=False)
+    with running_service(backend) as service:
+        first = ask(service, grey(0))
+        backend.wait_for_batches(1)
+        request = httpx.Request("POST", f"{service.url}/embed", files=parts(*[grey(9)] * 5))
+        with service.connect() as leaving:
+            content_type = f"Content-Type: {request.headers['content-type']}"
+            leaving.sendall(http("POST", "/embed", request.read(), content_type))
+            service.wait_until(lambda: status(service).queue_depth == 5, "five images wait")
+
+        service.wait_until(lambda: status(service).queue_depth == 0, "their places are free")
+        service.wait_until(lambda: left(service, "/embed") == 1, "the request ends")
+        assert cancelled(service) == 1
+        backend.gate.set()
+        assert first.result(WAIT_SECONDS).status_code == 200
+        assert backend.images == 1
+
+
+def test_a_caller_that_leaves_during_its_batch_takes_nobody_along(ask: Ask) -> None:
+    backend = WatchedBackend(gate_open=False)
+    with running_service(backend) as service:
+        with service.connect() as leaving:
+            leaving.sendall(http("POST", "/classify", grey(255)))
+            backend.wait_for_batches(1)
+            neighbour = ask(service, grey(28))
+            service.wait_until(lambda: status(service).queue_depth == 1, "the neighbour waits")
+
+        service.wait_until(lambda: left(service) == 1, "the request ends")
+        assert cancelled(service) == 1
+        backend.gate.set()
+        assert best_classes([neighbour.result(WAIT_SECONDS).json()]) == [1]
+
+
+@pytest.mark.parametrize(
+    "content_type", ["image/png", "application/json", "multipart/form-data; boundary=XX"]
+)
+@pytest.mark.parametrize("reset", [False, True], ids=["closes", "resets"])
+def test_a_caller_that_leaves_in_its_body_is_no_fault_of_ours(
+    content_type: str, reset: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = b"--XX\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n" + b"x" * 100
+    backend = WatchedBackend()
+    with running_service(backend) as service:
+        with service.connect() as leaving:
+            leaving.sendall(http("POST", "/classify", body, f"Content-Type: {content_type}")[:-50])
+            if reset:
+                linger = b"\1\0\0\0\0\0\0\0"
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+        service.wait_until(lambda: left(service) == 1, "the request ends")
+
+        assert cancelled(service) == 1
+        assert backend.images == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_caller_that_leaves_before_its_reply_is_read_costs_nothing(
+    service: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(20):
+        with service.connect() as sock:
+            sock.sendall(http("POST", "/embed", grey(0)))
+
+    assert service.client.post("/classify", content=grey(255)).status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+# Connections that go on.
+
+
+def test_requests_follow_each_other_on_one_connection(service: RunningService) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        for level, expected in ((0, 0), (255, 9), (28, 1)):
+            wire.send(http("POST", "/classify", grey(level)))
+            assert best_classes([wire.read_reply().json()]) == [expected]
+
+
+def test_pipelined_requests_are_answered_in_order(service: RunningService) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(
+            http("POST", "/classify", grey(0))
+            + http("POST", "/classify", b"no image")
+            + http("GET", "/nope")
+            + http("POST", "/classify", grey(255))
+        )
+
+        assert best_classes([wire.read_reply().json()]) == [0]
+        check_error(wire.read_reply(), 415, "unsupported_format")
+        check_error(wire.read_reply(), 404, "not_found")
+        assert best_classes([wire.read_reply().json()]) == [9]
+
+
+def test_a_pipelined_request_is_no_sign_of_leaving() -> None:
+    backend = WatchedBackend(gate_open=False)
+    with running_service(backend) as service, service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(http("POST", "/classify", grey(0)))
+        backend.wait_for_batches(1)
+        wire.send(http("POST", "/classify", grey(255)))
+        service.client.get("/livez")  # the loop has turned
+        backend.gate.set()
+
+        assert best_classes([wire.read_reply().json()]) == [0]
+        assert best_classes([wire.read_reply().json()]) == [9]
+        assert cancelled(service) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "code", "error_status"),
+    [
+        ("/nope", 300_000, "not_found", 404),
+        ("/classify?top_k=0", 300_000, "bad_request", 400),
+        ("/livez", 300_000, "method_not_allowed", 405),
+        ("/classify", 1_500_000, "payload_too_large", 413),
+    ],
+)
+def test_a_connection_goes_on_after_an_error_with_an_unread_body(
+    service: RunningService, path: str, size: int, code: str, error_status: int
+) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(http("POST", path, b"POST /livez HTTP/1.1\r\n\r\n".ljust(size, b"x")))
+        check_error(wire.read_reply(), error_status, code)
+
+        wire.send(http("POST", "/classify", grey(255)))
+
+        assert best_classes([wire.read_reply().json()]) == [9]
+
+
+def test_a_connection_goes_on_after_a_chunked_body_that_was_too_large(
+    service: RunningService,
+) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        wire.send(*[chunk] * 20, b"0\r\n\r\n")
+        check_error(wire.read_reply(), 413, "payload_too_large")
+
+        wire.send(http("POST", "/classify", grey(255)))
+
+        assert best_classes([wire.read_reply().json()]) == [9]
+
+
+def test_http_1_0_is_answered_and_closed(service: RunningService) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(http("POST", "/classify", grey(255)).replace(b"HTTP/1.1", b"HTTP/1.0"))
+
+        assert best_classes([wire.read_reply().json()]) == [9]
+        assert wire.read_end() == b""
+
+
+def test_a_body_may_come_byte_by_byte(service: RunningService) -> None:
+    image = grey(255, side=8)
+    request = http("POST", "/classify", image)
+    with service.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire = Wire(sock)
+        wire.send(*(request[i : i + 1] for i in range(len(request))))
+
+        assert best_classes([wire.read_reply().json()]) == [9]
+
+
+# What is no HTTP.
+
+
+def test_a_header_line_of_a_megabyte_is_refused(service: RunningService) -> None:
+    with service.connect() as sock:
+        sent = 0
+        try:
+            sock.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Long: ")
+            for _ in range(1024):
+                sent += sock.send(b"a" * 1024)
+            sock.sendall(b"\r\n\r\n")
+        except OSError:  # closed while we were still sending
+            assert sent < 1024 * 1024
+        reply = Wire(sock).read_end()
+
+    assert not reply or reply.startswith(b"HTTP/1.1 400 ")
+    assert service.client.get("/livez").status_code == 200
+
+
+def test_many_headers_beyond_the_bound_are_refused(service: RunningService) -> None:
+    lines = [f"X-{index}: {'y' * 40}" for index in range(3000)]
+    with service.connect() as sock:
+        try:
+            sock.sendall(http("GET", "/livez", b"", *lines))
+        except OSError:
+            assert lines
+        reply = Wire(sock).read_end()
+
+    assert not reply or reply.startswith(b"HTTP/1.1 400 ")
+
+
+GARBAGE = [
+    b"\r\n\r\n",
+    b"hello\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(64)),  # a TLS handshake
+    b"GET /livez\r\n\r\n",
+    b"GET  HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /livez HTTP/1.1\r\n\r\n",
+    b"GET /livez HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
+    b"GET /livez HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"f" * 40
+    + b"\r\n",
+]
+
+
+def closes_or_answers_400(service: RunningService, data: bytes) -> bytes:
+    """Send bytes and no more; return what came back until the other side closed."""
+    with service.connect() as sock:
+        try:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return b""
+        return Wire(sock).read_end()
+
+
+@pytest.mark.parametrize("data", GARBAGE)
+def test_garbage_gets_400_or_nothing(
+    service: RunningService, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    reply = closes_or_answers_400(service, data)
+
+    assert not reply or reply.startswith(b"HTTP/1.1 400 ")
+    assert service.client.get("/livez").status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@given(st.binary(max_size=300))
+@example(b"")
+@settings(max_examples=100, deadline=None)
+def test_random_bytes_get_400_or_nothing(service: RunningService, data: bytes) -> None:
+    reply = closes_or_answers_400(service, data)
+
+    assert not reply or reply.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"PRI * HTTP/2.0\r\nConnection: close\r\n\r\nSM\r\n\r\n",
+        b"GET /livez HTTP/9.9\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n folded: y\r\nConnection: close\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n\r\nx",
+        b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET http://example.com/livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ],
+)
+def test_what_is_odd_but_http_is_answered(service: RunningService, data: bytes) -> None:
+    with service.connect() as sock:
+        sock.sendall(data)
+        reply = Wire(sock).read_end()
+
+    assert reply[:10] in (b"HTTP/1.1 2", b"HTTP/1.1 4"), reply
+
+
+VALID = http("POST", "/classify", grey(255, side=8), "Content-Type: image/png", "Accept: */*")
+LAST = b"\r\nGET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[RunningService]:
+    with running_service(receive_timeout_ms=200) as running:
+        yield running
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+)
+@settings(max_examples=150, deadline=None)
+def test_a_mutated_request_is_never_our_fault(
+    impatient: RunningService, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(VALID)
+    for place, value in changes:
+        data[place] = value
+
+    with impatient.connect() as sock:
+        sock.sendall(data + LAST)
+        reply = Wire(sock).read_end()
+
+    statuses = [line.split()[1] for line in reply.split(b"\r\n") if line.startswith(b"HTTP/1.")]
+    assert statuses, "there was no reply at all"
+    assert all(one < b"500" for one in statuses), reply
+
+
+def test_the_server_lives_after_all_that(service: RunningService) -> None:
+    for data in GARBAGE:
+        closes_or_answers_400(service, data)
+
+    reply = service.client.post("/classify", content=grey(255))
+
+    assert best_classes([reply.json()]) == [9]
+    metrics = service.client.get("/metrics").text
+    assert 'status="500"' not in metrics
