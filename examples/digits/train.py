@@ -39,7 +39,7 @@ class Recipe:
         drawings_per_scan: likewise.
         batch: images of one step.
         learning_rate: the highest, after the warm-up; it falls to zero along a cosine.
-        warmup_epochs: rising in a straight line from zero.
+        warmup_epochs: how long the learning rate rises; at most half of the training.
         weight_decay: of matrices and kernels; vectors are left alone.
         label_smoothing: share of the target spread over all classes.
         ema_decay: of the moving average of the weights, which is what is saved.
@@ -78,7 +78,7 @@ def train(scans: Scans, validation: Scans | None, recipe: Recipe) -> MetaFormer:
         optimizer,
         recipe.learning_rate,
         total_steps=steps * recipe.epochs,
-        pct_start=recipe.warmup_epochs / recipe.epochs,
+        pct_start=min(recipe.warmup_epochs / recipe.epochs, 0.5),
         cycle_momentum=False,
     )
     for epoch in range(1, recipe.epochs + 1):
