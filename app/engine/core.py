@@ -161,11 +161,12 @@ class EngineCore:
             raise DeadlineExceeded("the deadline passed before the image reached the queue")
         wait = self._predicted_wait()
         full = len(self._window) >= self._max_waiting
-        if (
-            full
-            or wait > self._queue_budget_seconds
-            or wait + self._times.batch_seconds(1) > time_left
-        ):
+        too_long = (
+            wait > self._queue_budget_seconds or wait + self._times.batch_seconds(1) > time_left
+        )
+        # An idle engine admits everybody: after one slow batch nothing else could teach it that
+        # the backend is fast again.
+        if full or (too_long and self._pending()):
             excess = wait - min(self._queue_budget_seconds, time_left)
             raise Overloaded(
                 f"{len(self._window)} images wait already, about {wait:.1f} s of work; "
@@ -247,12 +248,14 @@ class EngineCore:
     def _run(self, requests: list[Request]) -> Rows:
         rows = self._backend.run(np.stack([request.pixels for request in requests]))
         info = self._backend.info
-        expected = (len(requests), info.classes), (len(requests), info.embedding_dim)
-        if (rows.logits.shape, rows.embedding.shape) != expected:
-            raise RuntimeError(
-                f"the backend answered shapes {rows.logits.shape}, {rows.embedding.shape} "
-                f"to {len(requests)} images, not {expected}"
-            )
+        widths = {"logits": info.classes, "embedding": info.embedding_dim}
+        for name, width in widths.items():
+            array, expected = getattr(rows, name), (len(requests), width)
+            if array.shape != expected or array.dtype != np.float32:
+                raise RuntimeError(
+                    f"the backend answered {name} {array.dtype} {array.shape}, "
+                    f"not float32 {expected}"
+                )
         return rows
 
     def _reply(
