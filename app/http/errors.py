@@ -106,10 +106,11 @@ def install_error_handlers(app: FastAPI) -> None:
         context = context_of(request.scope)
         context.error_code = kind.code
         message = str(error.detail)
+        path = request.scope["raw_path"].decode("ascii")[:200]  # one line, whatever was sent
         if kind is NotFound:
-            message = f"there is nothing at {request.url.path}; /docs lists the routes"
+            message = f"there is nothing at {path}; /docs lists the routes"
         elif kind is MethodNotAllowed:
-            message = f"{request.method} is not what {request.url.path} takes"
+            message = f"{request.method} is not what {path} takes"
         return error_response(kind(message), context.request_id, headers=error.headers or {})
 
     async def on_invalid(request: Request, error: Exception) -> Response:
@@ -124,7 +125,7 @@ def install_error_handlers(app: FastAPI) -> None:
 def _sentence(faults: Any) -> str:
     """Return what is wrong with the first fault of a validation error."""
     first = faults[0]
-    where = " ".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{where}: there is no such parameter"
+        return f"there is no parameter {str(first['loc'][-1])[:80]!r}"
+    where = " ".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}"

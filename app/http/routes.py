@@ -121,8 +121,7 @@ async def embed(
 async def models(state: StateDep) -> Response:
     """Say which package is loaded and what runs it."""
     model, manifest = state.model(), state.package.manifest
-    proof = manifest.verification
-    evaluation = manifest.evaluation
+    proof, golden, evaluation = manifest.verification, model.golden, manifest.evaluation
     info = schemas.ModelInfo(
         name=manifest.name,
         version=manifest.version,
@@ -143,8 +142,8 @@ async def models(state: StateDep) -> Response:
             export_max_abs_logit_difference=proof.max_abs_logit_difference,
             export_max_embedding_cosine_distance=proof.max_embedding_cosine_distance,
             export_top1_agreement=proof.top1_agreement,
-            max_abs_logit_difference=model.golden.max_abs_logit_difference,
-            batch_dependence=model.golden.batch_dependence,
+            max_abs_logit_difference=golden.max_abs_logit_difference if golden else None,
+            batch_dependence=golden.batch_dependence if golden else None,
         ),
         evaluation=evaluation.model_dump() if evaluation else None,
     )

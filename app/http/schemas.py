@@ -119,8 +119,8 @@ class Proof(BaseModel):
     export_max_abs_logit_difference: float
     export_max_embedding_cosine_distance: float
     export_top1_agreement: float
-    max_abs_logit_difference: float
-    batch_dependence: float
+    max_abs_logit_difference: float | None
+    batch_dependence: float | None
 
 
 class ModelInfo(BaseModel):

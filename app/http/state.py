@@ -21,14 +21,14 @@ class LoadedModel:
     Attributes:
         engine: answers images.
         backend: what runs the network.
-        golden: how this machine's answers differ from torch in float32.
+        golden: how this machine's answers differ from torch in float32; None for a fake.
         max_batch_size: the largest useful batch, found at warm-up.
         batch_seconds: batch size -> seconds, measured at warm-up.
     """
 
     engine: Engine
     backend: BackendInfo
-    golden: GoldenCheck
+    golden: GoldenCheck | None
     max_batch_size: int
     batch_seconds: dict[int, float]
 

@@ -175,7 +175,7 @@ def test_codes_that_ask_to_come_again_are_the_refusals() -> None:
         ({"params": {"top_k": "abc"}, "content": grey(0)}, "top_k"),
         ({"params": {"top_k": ""}, "content": grey(0)}, "top_k"),
         ({"params": {"top_k": "2.5"}, "content": grey(0)}, "top_k"),
-        ({"params": {"topk": "5"}, "content": grey(0)}, "topk: there is no such parameter"),
+        ({"params": {"topk": "5"}, "content": grey(0)}, "no parameter 'topk'"),
         ({"headers": {"x-request-timeout-ms": "soon"}, "content": grey(0)}, "no positive number"),
         ({"headers": {"x-request-timeout-ms": "0"}, "content": grey(0)}, "no positive number"),
         ({"headers": {"x-request-timeout-ms": "-5"}, "content": grey(0)}, "no positive number"),
