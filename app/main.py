@@ -105,7 +105,7 @@ def load_model(state: ServiceState) -> LoadedModel:
     package.check_files()
     _ = package.labels  # read now, so that a wrong file stops the start and not a request
     backend = select_backend(settings, package, settings.threads or cpu_limit())
-    golden = check_golden(backend, package)
+    golden = check_golden(backend, package) if backend.info.runs_package else None
     times = warm_up(backend, settings.max_batch_size)
     info = backend.info
     window = BatchWindow(times.largest_useful(), settings.max_wait_ms / 1000)

@@ -260,6 +260,7 @@ class ServiceProcess:
             with self._changed:
                 self.lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
+        self.process.wait()  # standard error closes a moment before the process is gone
         with self._changed:
             self._changed.notify_all()
 

@@ -21,6 +21,8 @@ class BackendInfo:
         classes: length of a logits row.
         embedding_dim: length of an embedding row.
         batches_in_flight: how many batches may run at once, each in a thread of its own.
+        runs_package: whether the answers are the package's network's; those of a fake are not,
+            and its golden outputs say nothing about them.
     """
 
     name: str
@@ -31,6 +33,7 @@ class BackendInfo:
     classes: int
     embedding_dim: int
     batches_in_flight: int = 1
+    runs_package: bool = True
 
 
 class Backend(Protocol):

@@ -39,6 +39,7 @@ class FakeBackend:
             input_size=input_size,
             classes=classes,
             embedding_dim=embedding_dim,
+            runs_package=False,
         )
         self._seconds = seconds
         self._gate = gate

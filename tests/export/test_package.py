@@ -251,7 +251,7 @@ def test_a_package_is_replaced_only_when_asked(
         (["caformer_s18"], "the checkpoint"),
         (["caformer_digits", "--labels", "LABELS"], "3 labels for 10 classes"),
         (["caformer_digits", "--input-size", "4"], "at least 16 px"),
-        (["caformer_digits", "--crop-pct", "1.5"], "crop_pct"),
+        (["caformer_digits", "--crop-pct", "1.5"], "--crop-pct 1.5"),
         (["caformer_digits", "--checkpoint", "nowhere.pth"], "no checkpoint file nowhere.pth"),
     ],
 )
