@@ -147,11 +147,18 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
     """pydantic-settings ignores variables it does not know, misspelt ones too."""
-    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
+    known = [name.upper() for name in Settings.model_fields]
     for name in sorted(environment):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            nearest = get_close_matches(name.upper(), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "docs/settings.md lists them all"
+        if not name.upper().startswith(PREFIX):
+            continue
+        own = name.upper().removeprefix(PREFIX)  # compared alone: with its prefix all look alike
+        if own not in known:
+            nearest = get_close_matches(own, known, n=1)
+            hint = (
+                f"did you mean {PREFIX}{nearest[0]}?"
+                if nearest
+                else "docs/settings.md lists them all"
+            )
             raise StartupError(f"there is no setting {name}; {hint}")
 
 
