@@ -19,6 +19,12 @@ log = logging.getLogger("metaserve.engine")
 # The package's tolerance was kept on the machine that exported it; other processors add in other
 # orders. A wrong graph or a damaged library is off by much more than ten times that.
 START_TOLERANCE_FACTOR = 10
+# A run of a small network takes less than a millisecond, and another process on the same core takes
+# it away for several: the best of 50 ms is one that was left alone. A large network is not worth
+# more than two runs a size, or a start would take a minute.
+MIN_RUNS = 2
+MIN_SECONDS = 0.05
+MAX_RUNS = 200
 # Length of an embedding's difference over the embedding's: 1e-6 in float32, of size one for a
 # wrong graph; the bound leaves room for half precisions.
 EMBEDDING_TOLERANCE = 0.05
@@ -76,22 +82,19 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
 
 
 def warm_up(
-    backend: Backend,
-    max_batch_size: int,
-    repeats: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
+    backend: Backend, max_batch_size: int, clock: Callable[[], float] = time.perf_counter
 ) -> ServiceTimes:
     """Run and time batches of 1, 2, 4 ... images, while larger ones still gain.
 
     Returns:
-        The durations; the best of `repeats` runs each, after one that is not counted.
+        The durations; the best of several runs each, after one that is not counted.
     """
     times: dict[int, float] = {}
     size, without_gain = 1, 0
     while size <= max_batch_size and without_gain < 2:
         best_before = min((cost / known for known, cost in times.items()), default=float("inf"))
         batch = golden_images(backend.info.input_size, 1).repeat(size, 0)
-        times[size] = _fastest(backend, batch, repeats, clock)
+        times[size] = _fastest(backend, batch, clock)
         without_gain = without_gain + 1 if times[size] / size > best_before * 0.95 else 0
         size *= 2
     log.info(
@@ -102,10 +105,11 @@ def warm_up(
     return ServiceTimes(times)
 
 
-def _fastest(backend: Backend, batch: Batch, repeats: int, clock: Callable[[], float]) -> float:
+def _fastest(backend: Backend, batch: Batch, clock: Callable[[], float]) -> float:
+    """Time a batch until `MIN_SECONDS` have gone by, `MIN_RUNS` to `MAX_RUNS` times."""
     backend.run(batch)
-    durations = []
-    for _ in range(repeats):
+    durations: list[float] = []
+    while len(durations) < MIN_RUNS or (sum(durations) < MIN_SECONDS and len(durations) < MAX_RUNS):
         started_at = clock()
         backend.run(batch)
         durations.append(clock() - started_at)
