@@ -60,13 +60,13 @@ def serve(settings: Settings) -> int:
         server.stop()
 
     # A daemon: SIGTERM while a large model loads does not wait for it.
-    loader = threading.Thread(target=load, name="load", daemon=True)
-    loader.start()
+    threading.Thread(target=load, name="load", daemon=True).start()
     server.run(sockets=[listener])
     if failures:
         raise StartupError(failures[0])
-    if loader.is_alive():
-        # Its native threads must not meet an interpreter that is being taken down.
+    if any(thread.name.startswith(("load", "engine-")) for thread in threading.enumerate()):
+        # Still loading, or a batch that hangs: their native code must not meet an interpreter
+        # that is being taken down.
         logging.shutdown()
         os._exit(0)
     return 0
@@ -111,7 +111,7 @@ def load_model(state: ServiceState) -> LoadedModel:
     window = BatchWindow(times.largest_useful(), settings.max_wait_ms / 1000)
     observer = metrics.batch_observer(info.name)
     core = EngineCore(backend, window, times, settings.queue_budget_ms / 1000, observer)
-    engine = LocalEngine(core, settings.drain_timeout_s)
+    engine = LocalEngine(core)
     metrics.watch_engine(engine.status)
     manifest = package.manifest
     metrics.model_info.labels(

@@ -191,7 +191,7 @@ def _load(state: ServiceState, backend: Backend, batch_seconds: Mapping[int, flo
         settings.queue_budget_ms / 1000,
         metrics.batch_observer(info.name),
     )
-    engine = LocalEngine(core, settings.drain_timeout_s)
+    engine = LocalEngine(core)
     metrics.watch_engine(engine.status)
     manifest = state.package.manifest
     metrics.model_info.labels(

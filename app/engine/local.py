@@ -17,12 +17,12 @@ class LocalEngine:
 
     Args:
         core: with its backend warm; closed with the engine.
-        drain_timeout_seconds: how long `aclose` lets admitted requests finish.
+        close_timeout_seconds: how long `aclose` lets admitted requests finish.
     """
 
-    def __init__(self, core: EngineCore, drain_timeout_seconds: float = 30.0) -> None:
+    def __init__(self, core: EngineCore, close_timeout_seconds: float = 5.0) -> None:
         self._core = core
-        self._drain_timeout_seconds = drain_timeout_seconds
+        self._close_timeout_seconds = close_timeout_seconds
 
     async def infer(self, pixels: Pixels, *, deadline: float) -> Row:
         """Answer one image; see `Engine.infer`. A cancelled call frees its place at once."""
@@ -62,7 +62,7 @@ class LocalEngine:
 
     async def aclose(self) -> None:
         """Refuse new images, answer the admitted ones, stop."""
-        await asyncio.to_thread(self._core.close, self._drain_timeout_seconds)
+        await asyncio.to_thread(self._core.close, self._close_timeout_seconds)
 
 
 def _settle(future: asyncio.Future[Row], answer: Row | ServiceError) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage
 from sklearn.cluster import KMeans
 from sklearn.neighbors import KNeighborsClassifier
 
 from examples.digits.data import Scans
+from examples.digits.shapes import reshape
 
 CELL = 6  # fine pixels per pixel of a scan
 MARGIN = 12  # fine pixels of paper around the scan
@@ -53,7 +54,16 @@ def trace(scans: Scans) -> Strokes:
     has_loops = [
         np.isin(found, LOOPS[label]) for found, label in zip(loops, scans.labels, strict=True)
     ]
-    return Strokes(fine, distances, _legible(scans, distances) & np.stack(has_loops))
+    legible = _legible(scans, distances) & np.stack(has_loops)
+    chance = np.random.default_rng(0)
+    rare = [reshape(line, scans.labels, chance) for line in lines]
+    rare_distances = np.stack([_distance_to(line) for line, _ in rare], axis=1)
+    is_rare = np.stack([made for _, made in rare], axis=1)
+    return Strokes(
+        fine,
+        np.concatenate((distances, rare_distances), axis=1),
+        np.concatenate((legible, legible & is_rare), axis=1),
+    )
 
 
 def enlarge(ink: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -250,7 +250,7 @@ def test_aclose_leaves_a_backend_that_hangs_after_the_drain_timeout() -> None:
         assert_row_of(0, await hanging)
 
     with running(backend, clock=time.monotonic) as core:
-        run(scenario(LocalEngine(core, drain_timeout_seconds=0.01)))
+        run(scenario(LocalEngine(core, close_timeout_seconds=0.01)))
 
 
 def test_a_loop_that_closed_before_the_reply_does_not_hurt_the_engine() -> None:
