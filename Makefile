@@ -52,9 +52,11 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.serve $@
 
 $(BIN)/python: | python
-	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "metaserve cannot make a virtual \
-	environment; install the venv module of $(PYTHON) (on Debian: apt install python3-venv)." >&2; exit 2; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	echo "metaserve cannot make a virtual environment; install the venv module of $(PYTHON)" \
+	"(on Debian: apt install python3-venv)" >&2; exit 2; }
 
 python:
-	@test -n "$(PYTHON)" || { echo "metaserve needs Python 3.11 or newer and finds none; install it, or \
-	name one: make serve PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(or $(PYTHON),none)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "metaserve needs Python 3.11 or newer and finds none; install it, or name one:" \
+	"make serve PYTHON=/path/to/python3.11" >&2; exit 2; }
