@@ -54,7 +54,7 @@ def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> N
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     # The server's own lines about starting and stopping say less than ours.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(max(logging.WARNING, logging.root.level))
     # It warns of every body that is not well formed; the request's own line says so.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)

@@ -148,8 +148,10 @@ def _serve_metrics_apart(state: ServiceState) -> None:
     port = state.settings.metrics_port
     if port is None:
         return
+    host, registry = state.settings.host, state.metrics.registry
     try:
-        prometheus_client.start_http_server(port, state.settings.host, state.metrics.registry)
+        server, _ = prometheus_client.start_http_server(port, host, registry)
+        log.info("metrics on port %d", server.server_port)
     except OSError as error:
         raise StartupError(
             f"METASERVE_METRICS_PORT={port} cannot be opened: {error.strerror}"

@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.errors import StartupError
+from app.http.protocol import protocol_class
 from app.http.state import ServiceState
 
 log = logging.getLogger("metaserve.server")
@@ -57,8 +58,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                # Bounds a request's headers to 64 KiB; httptools has no bound.
-                http="h11",
+                http=protocol_class(settings.receive_timeout_ms / 1000),
                 ws="none",
                 access_log=False,
                 log_config=None,

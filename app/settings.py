@@ -25,7 +25,12 @@ class Settings(BaseSettings):
     """What the service does; nothing else reads the environment."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", allow_inf_nan=False
+        env_prefix=PREFIX,
+        # `NAME=` is how compose files and shells leave a variable unset.
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
     )
 
     model: str = Field(

@@ -33,7 +33,7 @@ PLAN = {
         "app.engine.loading",
         "app.backends.base",
     },
-    "app.server": {"app.errors", "app.http.state"},
+    "app.server": {"app.errors", "app.http.protocol", "app.http.state"},
     "app.offline": {"models.package", "app"},
     "app.main": {"models.package", "app"},
     "app.cli": {"models.package", "models.variants", "export.cli", "app"},

@@ -88,6 +88,14 @@ def test_a_variable_sets_a_setting(
     assert getattr(load_settings(), name) == value
 
 
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METASERVE_PORT", "")
+    monkeypatch.setenv("METASERVE_API_KEYS_FILE", "")
+
+    settings = load_settings()
+    assert (settings.port, settings.api_keys_file) == (8000, None)
+
+
 @pytest.mark.parametrize(("name", "text", "value"), VALUES)
 def test_a_flag_goes_before_a_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object
@@ -136,7 +144,6 @@ BAD = [
     ("port", "abc"),
     ("port", "-1"),
     ("port", "65536"),
-    ("port", ""),
     ("port", "80.5"),
     ("workers", "0"),
     ("backend", "tensorflow"),

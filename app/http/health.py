@@ -13,6 +13,7 @@ router = APIRouter()
 metrics_router = APIRouter()
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
 async def livez(state: StateDep) -> schemas.Health:
     """Fail only when work is pending and nothing has completed for too long."""
@@ -23,6 +24,7 @@ async def livez(state: StateDep) -> schemas.Health:
     return schemas.Health(status="alive")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
 async def readyz(state: StateDep) -> schemas.Health:
     """Succeed from the end of warm-up until SIGTERM; overload does not change it."""
@@ -32,6 +34,7 @@ async def readyz(state: StateDep) -> schemas.Health:
     return schemas.Health(status="ready")
 
 
+@router.head("/startupz", include_in_schema=False)
 @router.get("/startupz", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
 async def startupz(state: StateDep) -> schemas.Health:
     """Succeed once the model is loaded, proven and warm."""

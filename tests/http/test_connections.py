@@ -359,6 +359,45 @@ def impatient() -> Iterator[RunningService]:
         yield running
 
 
+def test_bytes_that_are_no_http_are_told_so_in_the_one_shape(service: RunningService) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(b"this is no request\r\n\r\n")
+
+        assert "no HTTP request" in check_error(wire.read_reply(), 400, "bad_request")
+        assert wire.read_end() == b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /classify HT",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\nHost:",
+        b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nthe rest never comes",
+    ],
+)
+def test_a_caller_that_stops_sending_is_cut_off(impatient: RunningService, sent: bytes) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(sent)
+        Wire(sock).read_end()  # fails when nobody closes
+
+
+def test_patience_does_not_end_while_a_request_is_answered() -> None:
+    backend = WatchedBackend(gate_open=False)
+    with (
+        running_service(backend, receive_timeout_ms=50) as running,
+        running.connect() as asking,
+        running.connect() as silent,
+    ):
+        asking.sendall(http("POST", "/classify", grey(255)))
+        backend.wait_for_batches(1)
+        Wire(silent).read_end()  # came later, was cut off: the other's time is up too
+        backend.gate.set()
+
+        assert Wire(asking).read_reply().status_code == 200
+
+
 @given(
     st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=4)
 )

@@ -1,0 +1,83 @@
+"""uvicorn's h11 protocol, with what it lacks: patience that ends, and 400s in our shape.
+
+h11 bounds a request's head to 64 KiB; httptools has no bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.errors import BadRequest
+from app.http.errors import error_body
+
+
+class Protocol(H11Protocol):
+    """One connection.
+
+    A caller that is slow to send a request's head, or the rest of a body that was refused, is cut
+    off after `patience_seconds`. While a request is being answered, `LimitBody` watches its body.
+    """
+
+    patience_seconds = 30.0
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; they may complete a request's head, or not."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the rest of this one."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._stop_watching()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse bytes that are no HTTP request, and close."""
+        error = BadRequest("what was sent is no HTTP request, or its head is over 64 KiB")
+        request_id = secrets.token_hex(16)
+        body = error_body(error, request_id)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            (b"x-request-id", request_id.encode()),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _watch(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering or self.transport.is_closing():
+            self._stop_watching()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(self.patience_seconds, self.transport.abort)
+
+    def _stop_watching(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+
+def protocol_class(patience_seconds: float) -> type[Protocol]:
+    """Return the protocol with a patience of its own; uvicorn makes the instances."""
+    return type("PatientProtocol", (Protocol,), {"patience_seconds": patience_seconds})
