@@ -16,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from examples.digits.data import Scans
 from examples.digits.shapes import reshape
+from examples.digits.thinning import thin
 
 CELL = 6  # fine pixels per pixel of a scan
 MARGIN = 12  # fine pixels of paper around the scan
@@ -31,7 +32,7 @@ LOOPS = ((1,), (0,), (0, 1), (0,), (0, 1), (0,), (1,), (0,), (2,), (1,))
 
 @dataclass(frozen=True)
 class Strokes:
-    """Every scan as it is and as centre lines, one per sharpening.
+    """Every scan as it is and as centre lines: one per sharpening, then these in a rare shape.
 
     Attributes:
         fine: float32 (N, FINE_SIDE, FINE_SIDE), the scan enlarged, 0 paper .. 1 ink.
@@ -58,7 +59,7 @@ def trace(scans: Scans) -> Strokes:
     chance = np.random.default_rng(0)
     rare = [reshape(line, scans.labels, chance) for line in lines]
     rare_distances = np.stack([_distance_to(line) for line, _ in rare], axis=1)
-    is_rare = np.stack([made for _, made in rare], axis=1)
+    is_rare = np.stack([changed for _, changed in rare], axis=1)
     return Strokes(
         fine,
         np.concatenate((distances, rare_distances), axis=1),
@@ -80,44 +81,6 @@ def enlarge(ink: NDArray[np.float32]) -> NDArray[np.float32]:
     # grid_mode: a pixel is an area, so that a scan keeps its place when it is enlarged.
     fine = ndimage.zoom(padded, (1, CELL, CELL), order=3, mode="grid-constant", grid_mode=True)
     return np.clip(np.asarray(fine, np.float32), 0, 1)
-
-
-def thin(shapes: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Thin shapes to lines one pixel wide.
-
-    Args:
-        shapes: bool (N, H, W); the outermost pixels must be empty.
-
-    Source: Zhang and Suen, "A fast parallel algorithm for thinning digital patterns" (1984).
-    """
-    lines = shapes.copy()
-    while True:
-        before = int(lines.sum())
-        for is_first in (True, False):
-            lines &= ~_removable(lines, is_first)
-        if int(lines.sum()) == before:
-            return lines
-
-
-def _ring(lines: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """Return the eight neighbours of every pixel, clockwise from the north."""
-    clockwise = ((-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1))
-    return [np.roll(lines, (-dy, -dx), axis=(1, 2)) for dy, dx in clockwise]
-
-
-def _removable(lines: NDArray[np.bool_], is_first: bool) -> NDArray[np.bool_]:
-    """Return the pixels that one of the two alternating passes of the algorithm takes away."""
-    ring = _ring(lines)
-    north, east, south, west = ring[::2]
-    neighbours = np.stack(ring).sum(axis=0, dtype=np.int8)
-    pairs = zip(ring, ring[1:] + ring[:1], strict=True)
-    entries = np.stack([~here & following for here, following in pairs]).sum(axis=0, dtype=np.int8)
-    if is_first:
-        is_on_rim = ~(north & east & south) & ~(east & south & west)
-    else:
-        is_on_rim = ~(north & east & west) & ~(north & south & west)
-    is_inside = (neighbours >= 2) & (neighbours <= 6) & (entries == 1)
-    return np.asarray(lines & is_inside & is_on_rim)
 
 
 def style_weights(scans: Scans) -> NDArray[np.float32]:
