@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help serve test test-slow lint types format docs examples clean python
+.PHONY: help serve test lint types format docs export-tools clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,10 +32,12 @@ format: $(VENV)/.test ## let ruff put the code in shape
 	@$(BIN)/ruff format .
 
 docs: $(VENV)/.serve ## write docs/settings.md again from the settings class
-	@$(BIN)/python -m app.settings > docs/settings.md
+	@$(BIN)/python -m app.settings > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+export-tools: $(VENV)/.export ## add torch and the exporter to the runtime
 
 # The runtime alone: no torch, nothing that only an export or a test needs.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
@@ -43,20 +45,23 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --editable '.[cpu]'
 	@touch $@
 
+$(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Setting up $(VENV) for exports: torch, onnx (a minute or more, once) ..."
+	@$(PIP) --editable '.[cpu,export]'
+	@touch $(VENV)/.serve $@
+
 # timm and torchvision are the reference the tests compare with. They come without their own
 # dependencies: those would replace the CPU build of torch.
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for tests: torch, onnx, timm (a few minutes, once) ..."
 	@$(PIP) --editable '.[cpu,export,dev]'
 	@$(PIP) --no-deps timm torchvision
-	@touch $(VENV)/.serve $@
+	@touch $(VENV)/.serve $(VENV)/.export $@
 
-$(BIN)/python: | python
-	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
-	echo "metaserve cannot make a virtual environment; install the venv module of $(PYTHON)" \
-	"(on Debian: apt install python3-venv)" >&2; exit 2; }
-
-python:
+$(BIN)/python:
 	@"$(or $(PYTHON),none)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	echo "metaserve needs Python 3.11 or newer and finds none; install it, or name one:" \
 	"make serve PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	echo "metaserve cannot make a virtual environment; install the venv module of $(PYTHON)" \
+	"(on Debian: apt install python3-venv)" >&2; exit 2; }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from app.errors import ServiceError, StartupError
+from app.errors import BadRequest, ServiceError, StartupError
 from app.settings import Settings, load_settings
 from models.package import PackageError
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_settings(command, _OFFLINE_SETTINGS)
         command.set_defaults(run=run)
         if name == "classify":
-            command.add_argument("--top-k", type=int, default=5)
+            command.add_argument("--top-k", type=_positive, default=5, metavar="K")
         else:
             command.add_argument("--normalize", action="store_true")
     return parser
@@ -84,11 +84,12 @@ def _add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None
     """Give a command a flag for each setting; a flag goes before its METASERVE_ variable."""
     for name in names:
         field = Settings.model_fields[name]
+        default = "" if field.default is None else f" [{field.default}]"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=f"setting_{name}",
             metavar="VALUE",
-            help=f"{field.description} [{field.default}]".replace("%", "%%"),
+            help=f"{field.description}{default}".replace("%", "%%"),
         )
 
 
@@ -151,11 +152,24 @@ def _each_image(paths: Sequence[Path], answer: Callable[[bytes], bytes]) -> int:
     code = 0
     for path in paths:
         try:
-            print(answer(path.read_bytes()).decode(), flush=True)
+            line = answer(_read(path)).decode()
         except ServiceError as error:
             print(f"metaserve: {path}: {error.message}", file=sys.stderr)
             code = 2
-        except OSError as error:
-            print(f"metaserve: {path} cannot be read: {error.strerror}", file=sys.stderr)
-            code = 2
+        else:
+            print(line, flush=True)
     return code
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRequest(f"cannot be read: {error.strerror}") from error
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number

@@ -38,7 +38,7 @@ class ServiceError(Exception):
 
 
 class InvalidInput(ServiceError):
-    """What was sent cannot be answered; sending it again will not help."""
+    """What was sent, or how, is the caller's to mend."""
 
 
 class BadRequest(InvalidInput):
@@ -113,6 +113,9 @@ class Overloaded(Refused):
     """More waits already than can be answered in time."""
 
     code = "overloaded"
+
+
+DRAINING = "the service is stopping; send the request to another instance"
 
 
 class NotReady(Refused):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import prometheus_client
@@ -18,6 +17,7 @@ from app.engine.local import LocalEngine
 from app.engine.window import BatchWindow
 from app.errors import StartupError
 from app.http.app import create_app
+from app.http.pool import CpuPool
 from app.http.state import LoadedModel, ServiceState
 from app.logs import configure_logs
 from app.metrics import Metrics
@@ -89,7 +89,7 @@ def build_state(settings: Settings) -> ServiceState:
         settings=settings,
         package=package,
         metrics=Metrics(),
-        decode_pool=ThreadPoolExecutor(threads, thread_name_prefix="decode"),
+        pool=CpuPool(threads, settings.queue_budget_ms / 1000),
         api_keys=read_api_keys(settings.api_keys_file),
     )
 
@@ -112,7 +112,7 @@ def load_model(state: ServiceState) -> LoadedModel:
     observer = metrics.batch_observer(info.name)
     core = EngineCore(backend, window, times, settings.queue_budget_ms / 1000, observer)
     engine = LocalEngine(core)
-    metrics.watch_engine(engine.status)
+    metrics.watch(engine.status, state.pool.wait_seconds)
     manifest = package.manifest
     metrics.model_info.labels(
         manifest.name,

@@ -76,7 +76,7 @@ class Metrics:
         self.registry = registry
         self.request_duration = Histogram(
             "metaserve_request_duration_seconds",
-            "Time from a request's first byte to its reply's last, by route template and status.",
+            "Time from a request's head to the end of its reply, by route template and status.",
             ("route", "status"),
             buckets=SECONDS,
             registry=registry,
@@ -101,7 +101,7 @@ class Metrics:
         )
         self.queue_wait_estimate = Gauge(
             "metaserve_queue_wait_estimate_seconds",
-            "How long an image that came now would wait for its batch.",
+            "How long an image that came now would wait, for a decoding thread and for its batch.",
             registry=registry,
         )
         self.inflight_batches = Gauge(
@@ -109,7 +109,7 @@ class Metrics:
         )
         self.requests_refused = Counter(
             "metaserve_requests_refused_total",
-            "Requests refused before any work, by error code.",
+            "Requests, or images among several, refused for now, by error code.",
             ("reason",),
             registry=registry,
         )
@@ -144,10 +144,14 @@ class Metrics:
         elif isinstance(error, UnsupportedFormat | UndecodableImage | ImageTooLarge | BadAspect):
             self.images_rejected.labels(error.code).inc()
 
-    def watch_engine(self, status: Callable[[], EngineStatus]) -> None:
-        """Read the engine's gauges when they are scraped, at no cost to requests."""
+    def watch(
+        self, status: Callable[[], EngineStatus], decode_wait_seconds: Callable[[], float]
+    ) -> None:
+        """Read the gauges when they are scraped, at no cost to requests."""
         self.queue_depth.set_function(lambda: status().queue_depth)
-        self.queue_wait_estimate.set_function(lambda: status().predicted_wait_seconds)
+        self.queue_wait_estimate.set_function(
+            lambda: decode_wait_seconds() + status().predicted_wait_seconds
+        )
         self.inflight_batches.set_function(lambda: status().running_batches)
 
     def batch_observer(self, backend: str) -> BatchMetrics:

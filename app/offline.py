@@ -8,9 +8,8 @@ import orjson
 from app.backends.select import select_backend
 from app.cpu import cpu_limit
 from app.engine.loading import check_golden
-from app.images.decode import decode_image
-from app.images.prepare import needed_size, prepare_image
 from app.images.rank import normalise, rank
+from app.images.read import read_image
 from app.settings import Settings
 from app.types import Rows
 from models.package import find_package, open_package
@@ -41,11 +40,8 @@ class OfflineModel:
         Raises:
             InvalidInput: the image cannot be used.
         """
-        predictions = [
-            {"index": one.index, "label": one.label, "probability": one.probability}
-            for one in rank(self._run(data).logits[0], self._package.labels, top_k)
-        ]
-        return self._json({"predictions": predictions})
+        logits = self._run(data).logits[0]
+        return self._json({"predictions": rank(logits, self._package.labels, top_k)})
 
     def embed(self, data: bytes, normalize: bool) -> bytes:
         """Return what `/embed` answers to an image, without timings.
@@ -59,13 +55,14 @@ class OfflineModel:
 
     def _run(self, data: bytes) -> Rows:
         spec = self._package.manifest.input
-        image = decode_image(
+        pixels = read_image(
             data,
+            spec,
             max_pixels=self._settings.max_pixels,
             exif_orientation=self._settings.exif_orientation,
-            draft_size=needed_size(spec) if self._settings.decode == "scaled" else None,
+            decode=self._settings.decode,
         )
-        return self._backend.run(prepare_image(image, spec)[np.newaxis])
+        return self._backend.run(pixels[np.newaxis])
 
     def _json(self, fields: dict[str, object]) -> bytes:
         manifest = self._package.manifest

@@ -83,7 +83,8 @@ class Settings(BaseSettings):
         32 * 1024 * 1024, description="Largest request body."
     )
     max_images: Annotated[int, Field(ge=1)] = Field(256, description="Most images in one request.")
-    max_pixels: Annotated[int, Field(ge=1)] = Field(
+    # Above, Pillow itself refuses; see images/decode.py.
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
         64_000_000, description="Most pixels an image may have, read from its header."
     )
     decode: Literal["scaled", "exact"] = Field(
@@ -157,7 +158,12 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
         if not name.upper().startswith(PREFIX):
             continue
         own = name.upper().removeprefix(PREFIX)  # compared alone: with its prefix all look alike
-        if own not in known:
+        if own not in known or environment[name].startswith("tcp://"):
+            if own.startswith(("SERVICE_", "PORT_")) or own == "PORT":
+                raise StartupError(
+                    f"{name} is not ours: Kubernetes sets it for a Service named metaserve; put "
+                    "enableServiceLinks: false into the Pod's spec"
+                )
             nearest = get_close_matches(own, known, n=1)
             hint = (
                 f"did you mean {PREFIX}{nearest[0]}?"
@@ -206,7 +212,7 @@ def _allowed(field: dict[str, Any]) -> str:
     words = {"string": "text", "integer": "whole number", "boolean": "`true`, `false`"}
     name = "path" if kind.get("format") == "path" else words.get(kind["type"], kind["type"])
     bounds = [
-        f"{sign} {kind[key]:g}"
+        f"{sign} {kind[key]:.12g}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))
         if key in kind
     ]

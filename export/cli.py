@@ -21,6 +21,8 @@ from models.package import (
 )
 from models.variants import Activation, Architecture, Mixer, ResidualScaling, find_variant
 
+NEEDS_EXTRAS = "this needs {}; install metaserve[export,cpu] (in a checkout: make export-tools)"
+
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `metaserve export`."""
@@ -70,33 +72,41 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export a package; returns the exit code."""
-    # torch is loaded here and not before: `metaserve serve` shares this parser.
-    from export.publish import ExportRequest, export_package
-    from export.verify import VerificationError, format_verification
-    from models.checkpoints import CheckpointError
+    try:
+        # torch is loaded here and not before: `metaserve serve` shares this parser.
+        from export.publish import ExportRequest, export_package
+        from export.verify import VerificationError, format_verification
+        from models.checkpoints import CheckpointError
+    except ImportError as error:
+        return _refuse(NEEDS_EXTRAS.format(error.name))
 
     try:
-        architecture, _ = find_variant(arguments.variant)
-        architecture = _ablated(architecture, arguments)
-        request = ExportRequest(
-            variant=arguments.variant.removeprefix("timm/"),
-            architecture=architecture,
-            checkpoint=arguments.checkpoint,
-            input=_input_spec(architecture, arguments),
-            out=arguments.out or Path(arguments.variant.removeprefix("timm/")),
-            name=arguments.name,
-            version=arguments.version,
-            labels=arguments.labels,
-            ema=not arguments.no_ema,
-            weights=not arguments.no_weights,
-            overwrite=arguments.overwrite,
-        )
-        with _steps() as progress:
+        architecture = _ablated(find_variant(arguments.variant)[0], arguments)
+        input_spec = _input_spec(architecture, arguments)
+        architecture.check_input_size(input_spec.size)
+    except ValueError as error:
+        return _refuse(error)
+    variant = arguments.variant.removeprefix("timm/")
+    request = ExportRequest(
+        variant=variant,
+        architecture=architecture,
+        checkpoint=arguments.checkpoint,
+        input=input_spec,
+        out=arguments.out or Path(variant),
+        name=arguments.name,
+        version=arguments.version,
+        labels=arguments.labels,
+        ema=not arguments.no_ema,
+        weights=not arguments.no_weights,
+        overwrite=arguments.overwrite,
+    )
+    try:
+        with _Steps() as progress:
             package = export_package(request, progress)
-    except (CheckpointError, PackageError, VerificationError, ValueError, KeyError) as error:
+    except (CheckpointError, PackageError, VerificationError) as error:
         return _refuse(error)
     except OSError as error:
-        return _refuse(f"cannot write the package: {error}")
+        return _refuse(f"the package cannot be written: {error}")
     print(format_verification(package.manifest, package.manifest.verification))
     print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}")
     return 0
@@ -104,8 +114,11 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """Repeat the proof of a package; returns the exit code."""
-    from export.verify import VerificationError, format_verification, judge, verify_package
-    from models.checkpoints import CheckpointError
+    try:
+        from export.verify import VerificationError, format_verification, judge, verify_package
+        from models.checkpoints import CheckpointError
+    except ImportError as error:
+        return _refuse(NEEDS_EXTRAS.format(error.name))
 
     try:
         package = open_package(find_package(arguments.package, arguments.model_store))
@@ -155,7 +168,7 @@ def _input_spec(architecture: Architecture, arguments: argparse.Namespace) -> In
         raise ValueError(f"--{flag} {fault['input']}: {fault['msg'].lower()}") from error
 
 
-class _steps:
+class _Steps:
     """Prints each step of long work with the time it took."""
 
     def __enter__(self) -> Callable[[str], None]:
@@ -176,7 +189,5 @@ class _steps:
 
 
 def _refuse(error: Exception | str) -> int:
-    # A KeyError's str() puts its message in quotes.
-    message = error.args[0] if isinstance(error, KeyError) else error
-    print(f"metaserve: {message}", file=sys.stderr)
+    print(f"metaserve: {error}", file=sys.stderr)
     return 2

@@ -77,8 +77,8 @@ class ExportRequest:
 def export_package(request: ExportRequest, progress: Callable[[str], None]) -> Package:
     """Export, prove and publish a package.
 
-    Nothing appears at `request.out` before the proof has passed; whatever fails leaves what was
-    there as it was.
+    Nothing appears at `request.out` before the proof has passed; what fails before leaves what was
+    there as it was. A package that is replaced is absent for the moment between two renames.
 
     Args:
         request: what to do.
@@ -93,6 +93,8 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
     out = request.out.absolute()
     if out.exists() and not request.overwrite:
         raise PackageError(f"{request.out} exists already; choose another --out or add --overwrite")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise PackageError(f"{request.out} is no model package and stays; choose another --out")
     request.architecture.check_input_size(request.input.size)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that the rename stays within one file system.
@@ -151,21 +153,27 @@ def _publish(staging: Path, out: Path) -> None:
     """Move a finished folder to its place; a package that was there goes only then."""
     for path in (*staging.iterdir(), staging):
         path.chmod(0o755 if path.is_dir() else 0o644)  # a service runs as another user
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
     replaced = staging.with_name(staging.name + ".replaced")
     if out.exists():
         out.rename(replaced)
     try:
         staging.rename(out)
-    except OSError:
+    except BaseException:
         if replaced.exists():
             replaced.rename(out)
         raise
+    _sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have what was written survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def tool_versions() -> dict[str, str]:

@@ -237,7 +237,7 @@ def find_variant(name: str) -> tuple[Architecture, CheckpointEntry | None]:
         the name is one.
 
     Raises:
-        KeyError: no such name; the message is one sentence with the nearest names.
+        ValueError: no such name; the message is one sentence with the nearest names.
     """
     hub_ids = {entry.hub_id: entry for entry in CHECKPOINTS.values() if entry.hub_id}
     entry = CHECKPOINTS.get(name) or hub_ids.get(name.removeprefix("timm/"))
@@ -247,4 +247,4 @@ def find_variant(name: str) -> tuple[Architecture, CheckpointEntry | None]:
         return ARCHITECTURES[name], None
     nearest = get_close_matches(name, [*ARCHITECTURES, *CHECKPOINTS, *hub_ids], n=3)
     hint = f"the nearest are {', '.join(nearest)}" if nearest else "`metaserve models` lists all"
-    raise KeyError(f"there is no variant {name!r}; {hint}")
+    raise ValueError(f"there is no variant {name!r}; {hint}")

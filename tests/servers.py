@@ -192,7 +192,7 @@ def _load(state: ServiceState, backend: Backend, batch_seconds: Mapping[int, flo
         metrics.batch_observer(info.name),
     )
     engine = LocalEngine(core)
-    metrics.watch_engine(engine.status)
+    metrics.watch(engine.status, state.pool.wait_seconds)
     manifest = state.package.manifest
     metrics.model_info.labels(
         manifest.name, manifest.version, manifest.variant, info.name, info.precision, info.device

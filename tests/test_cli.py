@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -61,7 +62,33 @@ def test_a_bad_image_among_good_ones_is_named_and_the_others_are_answered(
     assert len(captured.out.splitlines()) == 2
     first, second = captured.err.splitlines()
     assert first.startswith(f"metaserve: {bad}: ")
-    assert second.startswith(f"metaserve: {tmp_path / 'missing.png'} cannot be read")
+    assert second.startswith(f"metaserve: {tmp_path / 'missing.png'}: cannot be read: No such file")
+
+
+@pytest.mark.parametrize("top_k", ["0", "-1", "x"])
+def test_top_k_below_one_is_refused(top_k: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["classify", "--top-k", top_k, str(IMAGES / "scan_three.png")])
+    assert stopped.value.code == 2
+    assert "--top-k" in capsys.readouterr().err
+
+
+def test_export_without_its_tools_names_what_to_install(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from app.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for arguments in (
+        ["export", "caformer_s18", "--checkpoint", "x.pth", "--out", str(tmp_path / "out")],
+        ["verify", "caformer_digits"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, timeout=60, text=True
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("metaserve: this needs torch; install metaserve[export,cpu]")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_flag_is_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +100,11 @@ def test_a_flag_is_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_installed_command_prints_help_and_survives_a_closed_pipe() -> None:
     command = Path(sysconfig.get_path("scripts")) / "metaserve"
-    script = f"{command} --help && {command} models | head -n 1"
+    image = IMAGES / "scan_three.png"
+    many = " ".join([str(image)] * 50)
+    script = (
+        f"{command} --help && {command} models | head -n 1 && {command} embed {many} | head -n 1"
+    )
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", script], capture_output=True, timeout=60, text=True
     )

@@ -29,10 +29,6 @@ def untimed(reply: httpx.Response) -> bytes:
     return TIMING.sub(b"", reply.content)
 
 
-def images_per_batch(service: RunningService) -> float:
-    return service.metric("metaserve_batch_size_sum") / service.metric("metaserve_batch_size_count")
-
-
 def test_package_is_small_and_reads_the_held_out_digits() -> None:
     size = sum(path.stat().st_size for path in PACKAGE.path.iterdir())
     assert size <= 3_000_000
@@ -88,5 +84,10 @@ def test_json_of_an_image_is_byte_identical_alone_and_in_any_batch(
     assert items == b",".join(b"{" + one.removeprefix(head) for one in alone)
 
 
-def test_batches_did_form(service: RunningService) -> None:
-    assert images_per_batch(service) > 1.5
+def test_batches_do_form(service: RunningService) -> None:
+    files = [("image", ("digit.png", png)) for png, _ in held_out()[:64]]
+    batches, images = "metaserve_batch_size_count", "metaserve_batch_size_sum"
+    before = service.metric(images), service.metric(batches)
+    assert service.client.post("/classify", files=files).status_code == 200
+    assert service.metric(images) - before[0] == 64
+    assert service.metric(batches) - before[1] < 64

@@ -86,7 +86,7 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """Drop the session."""
-        del self._session
+        self._session = None
 
 
 def _choose(provider: Provider, available: list[str]) -> str:

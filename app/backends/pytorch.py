@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from app.backends.base import BackendInfo
 from app.errors import StartupError
@@ -44,7 +44,7 @@ class TorchBackend:
         self._device = torch.device("cuda:0" if use_cuda else "cpu")
         self._torch = torch
         torch.set_num_threads(threads)
-        self._model = load_served_model(package).to(self._device)
+        self._model: Any = load_served_model(package).to(self._device)
         manifest = package.manifest
         self.info = BackendInfo(
             name="torch",
@@ -65,4 +65,4 @@ class TorchBackend:
 
     def close(self) -> None:
         """Drop the network."""
-        del self._model
+        self._model = None

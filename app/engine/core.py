@@ -22,7 +22,14 @@ from app.backends.base import Backend
 from app.engine.base import EngineStatus
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow, Request
-from app.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded, ServiceError
+from app.errors import (
+    DRAINING,
+    DeadlineExceeded,
+    Draining,
+    InferenceFailed,
+    Overloaded,
+    ServiceError,
+)
 from app.types import Row, Rows
 
 log = logging.getLogger("metaserve.engine")
@@ -106,7 +113,12 @@ class EngineCore:
             self._changed.notify()
 
     def check_admission(self, deadline: float) -> None:
-        """Raise what `submit` would raise now for a request with this deadline."""
+        """Raise what `submit` would raise now for a request with this deadline.
+
+        Raises:
+            Refused: the core is closing, or the predicted wait is too long.
+            DeadlineExceeded: the deadline has passed already.
+        """
         with self._changed:
             self._admit(deadline)
 
@@ -151,11 +163,11 @@ class EngineCore:
         with self._changed:
             waiting = self._window.take_all()
         for request in waiting:
-            request.reply(Draining("the service is stopping; send the request to another instance"))
+            request.answer(Draining(DRAINING))
 
     def _admit(self, deadline: float) -> None:
         if self._closing:
-            raise Draining("the service is stopping; send the request to another instance")
+            raise Draining(DRAINING)
         time_left = deadline - self._clock()
         if time_left <= 0:
             raise DeadlineExceeded("the deadline passed before the image reached the queue")
@@ -186,7 +198,7 @@ class EngineCore:
         while True:
             late, batch = self._next()
             for request in late:
-                request.reply(DeadlineExceeded("the deadline passed while the image waited"))
+                request.answer(DeadlineExceeded("the deadline passed while the image waited"))
             if batch:
                 self._work(batch)
             elif not late:
@@ -211,6 +223,11 @@ class EngineCore:
     def _work(self, batch: list[Request]) -> None:
         try:
             self._answer(batch)
+        except Exception:  # a fault of ours: it must cost neither the thread nor an answer
+            log.exception("answering a batch failed")
+            for request in batch:
+                if not request.gone:
+                    request.answer(InferenceFailed("the model failed on this image"))
         finally:
             with self._changed:
                 self._in_flight -= len(batch)
@@ -228,7 +245,7 @@ class EngineCore:
         except ServiceError as error:  # the backend speaks for itself, to all
             self._failed(error)
             for request in requests:
-                request.reply(error)
+                request.answer(error)
             return
         except Exception as error:
             self._failed(error)
@@ -239,7 +256,7 @@ class EngineCore:
             unanswered = self._reply(requests, rows, started_at, seconds)
         if len(requests) == 1:
             for request in unanswered:
-                request.reply(InferenceFailed("the model failed on this image"))
+                request.answer(InferenceFailed("the model failed on this image"))
         elif unanswered:
             middle = (len(unanswered) + 1) // 2
             self._answer(unanswered[:middle])
@@ -266,7 +283,7 @@ class EngineCore:
         for index, request in enumerate(requests):
             if finite[index]:
                 queued = started_at - request.enqueued_at
-                request.reply(Row(rows.logits[index], rows.embedding[index], queued, seconds))
+                request.answer(Row(rows.logits[index], rows.embedding[index], queued, seconds))
         unanswered = [request for request, ok in zip(requests, finite, strict=True) if not ok]
         if unanswered:
             self._failed(ArithmeticError(f"{len(unanswered)} rows hold values that are not finite"))
@@ -281,7 +298,7 @@ class EngineCore:
             self._observer.batch_done(size)
 
     def _failed(self, error: Exception) -> None:
-        log.error("the backend failed on a batch: %s: %s", type(error).__name__, error)
+        log.error("the backend failed on a batch: %s", error, exc_info=error)
         with self._changed:
             self._last_error = f"{type(error).__name__}: {error}"
             self._progress_at = self._clock()

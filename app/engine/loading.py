@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.backends.base import Backend
-from app.engine.timing import ServiceTimes
+from app.engine.timing import USEFUL_GAIN, ServiceTimes
 from app.types import Batch, Rows
 from models.package import Package, PackageError, golden_images
 
@@ -84,25 +84,32 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
 def warm_up(
     backend: Backend, max_batch_size: int, clock: Callable[[], float] = time.perf_counter
 ) -> ServiceTimes:
-    """Run and time batches of 1, 2, 4 ... images, while larger ones still gain.
+    """Run and time batches of 1, 2, 4 ... `max_batch_size` images, while larger ones still gain.
 
     Returns:
         The durations; the best of several runs each, after one that is not counted.
     """
     times: dict[int, float] = {}
-    size, without_gain = 1, 0
-    while size <= max_batch_size and without_gain < 2:
-        best_before = min((cost / known for known, cost in times.items()), default=float("inf"))
-        batch = golden_images(backend.info.input_size, 1).repeat(size, 0)
-        times[size] = _fastest(backend, batch, clock)
-        without_gain = without_gain + 1 if times[size] / size > best_before * 0.95 else 0
-        size *= 2
+    best, without_gain = float("inf"), 0
+    image = golden_images(backend.info.input_size, 1)
+    for size in _sizes(max_batch_size):
+        times[size] = _fastest(backend, image.repeat(size, 0), clock)
+        gains = times[size] / size <= best * (1 - USEFUL_GAIN)
+        without_gain = 0 if gains else without_gain + 1
+        if without_gain == 2:
+            break
+        best = min(best, times[size] / size)
     log.info(
         "warmed batches of %s; %d is the largest useful",
         ", ".join(f"{size} ({seconds * 1e3:.2f} ms)" for size, seconds in times.items()),
         ServiceTimes(times).largest_useful(),
     )
     return ServiceTimes(times)
+
+
+def _sizes(limit: int) -> list[int]:
+    """Return the powers of two below a limit, and the limit."""
+    return [1 << power for power in range((limit - 1).bit_length())] + [limit]
 
 
 def _fastest(backend: Backend, batch: Batch, clock: Callable[[], float]) -> float:

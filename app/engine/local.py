@@ -20,7 +20,7 @@ class LocalEngine:
         close_timeout_seconds: how long `aclose` lets admitted requests finish.
     """
 
-    def __init__(self, core: EngineCore, close_timeout_seconds: float = 5.0) -> None:
+    def __init__(self, core: EngineCore, close_timeout_seconds: float = 1.0) -> None:
         self._core = core
         self._close_timeout_seconds = close_timeout_seconds
 

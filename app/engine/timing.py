@@ -12,7 +12,7 @@ USEFUL_GAIN = 0.05
 
 
 def bucket(size: int) -> int:
-    """Return the power of two that a batch size is rounded up to."""
+    """Return the power of two under which a duration is kept where no closer size was timed."""
     return 1 << max(size - 1, 0).bit_length()
 
 
@@ -24,10 +24,9 @@ class ServiceTimes:
 
     def observe(self, size: int, seconds: float) -> None:
         """Take a batch's duration into account."""
-        known = self._seconds.get(bucket(size))
-        self._seconds[bucket(size)] = (
-            seconds if known is None else known + SMOOTHING * (seconds - known)
-        )
+        key = min([bucket(size), *(timed for timed in self._seconds if timed >= size)])
+        known = self._seconds.get(key, seconds)
+        self._seconds[key] = known + SMOOTHING * (seconds - known)
 
     def batch_seconds(self, size: int) -> float:
         """Return how long a batch of this size should take; 0 before anything was measured."""
@@ -54,7 +53,11 @@ class ServiceTimes:
         return ahead / lanes + self.batch_seconds(running)
 
     def largest_useful(self) -> int:
-        """Return the smallest batch size that is about as fast per image as the best."""
+        """Return the smallest timed batch size that is about as fast per image as the best.
+
+        Raises:
+            ValueError: nothing was timed.
+        """
         per_image = {size: seconds / size for size, seconds in self._seconds.items()}
         best = min(per_image.values())
         return min(size for size, cost in per_image.items() if cost <= best * (1 + USEFUL_GAIN))

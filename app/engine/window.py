@@ -23,6 +23,7 @@ class Request:
         enqueued_at: likewise.
         reply: receives the answer, exactly once.
         gone: the caller left; nobody waits for the answer.
+        answered: the answer was given.
     """
 
     pixels: Pixels
@@ -30,6 +31,13 @@ class Request:
     enqueued_at: float
     reply: Reply = field(repr=False)
     gone: bool = False
+    answered: bool = False
+
+    def answer(self, outcome: Row | ServiceError) -> None:
+        """Give the answer; a second one is dropped."""
+        if not self.answered:
+            self.answered = True
+            self.reply(outcome)
 
 
 class BatchWindow:

@@ -32,7 +32,7 @@ def create_app(state: ServiceState) -> FastAPI:
         yield
         if state.loaded is not None:
             await state.loaded.engine.aclose()
-        await asyncio.to_thread(state.decode_pool.shutdown)
+        await asyncio.to_thread(state.pool.close)
 
     # The documentation's scripts come from the package, not from a CDN: it works without network.
     app = FastAPIOffline(

@@ -12,7 +12,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, ReceiveTimeout, ServiceError
+from app.errors import DRAINING, BodyTooLarge, Draining, ReceiveTimeout, ServiceError
 from app.http.context import PROBES, RequestContext, context_of, new_context
 from app.http.errors import error_response
 from app.http.state import ServiceState
@@ -53,6 +53,12 @@ class ObserveRequests:
 
         try:
             await self._app(scope, receive, send_marked)
+        except asyncio.CancelledError:
+            # The server's last word at the end of a drain: the caller is still there.
+            context.error_code = Draining.code
+            if status == CALLER_LEFT:
+                refusal = Draining(DRAINING)
+                await error_response(refusal, context.request_id)(scope, receive, send_marked)
         except Exception:
             log.exception("request %s hit a fault of ours", context.request_id)
             context.error_code = ServiceError.code

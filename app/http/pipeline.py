@@ -14,8 +14,7 @@ from app.errors import BadRequest, DeadlineExceeded, Refused, ServiceError
 from app.http.context import RequestContext
 from app.http.inputs import Item
 from app.http.state import LoadedModel, ServiceState
-from app.images.decode import decode_image
-from app.images.prepare import needed_size, prepare_image
+from app.images.read import read_image
 from app.types import Pixels, Row
 
 T = TypeVar("T")
@@ -55,6 +54,16 @@ class Pipeline:
         self._model = model
         self._deadline = deadline
 
+    def check_admission(self) -> None:
+        """Refuse an image that could not be answered in time, before any work is spent on it.
+
+        Raises:
+            Refused: too much waits already, or the engine closes.
+            DeadlineExceeded: the deadline has passed.
+        """
+        self._state.pool.check_admission(self._deadline)
+        self._model.engine.check_admission(self._deadline)
+
     async def answer_all(self, items: Sequence[Item]) -> list[Outcome]:
         """Answer images side by side; one that fails does not touch the others.
 
@@ -77,14 +86,11 @@ class Pipeline:
         """
         if isinstance(item, BadRequest):
             raise item
-        engine = self._model.engine
-        engine.check_admission(self._deadline)
+        self.check_admission()
         started_at = time.monotonic()
-        pixels = await asyncio.get_running_loop().run_in_executor(
-            self._state.decode_pool, self._decode, item
-        )
+        pixels = await self._state.pool.run_admitted(self._deadline, self._read, item)
         decode_seconds = time.monotonic() - started_at
-        row = await engine.infer(pixels, deadline=self._deadline)
+        row = await self._model.engine.infer(pixels, deadline=self._deadline)
         stages = self._state.metrics.stage_duration
         stages["decode"].observe(decode_seconds)
         stages["queue"].observe(row.queue_seconds)
@@ -97,18 +103,15 @@ class Pipeline:
         except ServiceError as error:
             return error
 
-    def _decode(self, data: bytes) -> Pixels:
-        """Decode and resize; runs in the decoding threads."""
-        if time.monotonic() >= self._deadline:
-            raise DeadlineExceeded("the deadline passed before the image was decoded")
-        settings, spec = self._state.settings, self._state.package.manifest.input
-        image = decode_image(
+    def _read(self, data: bytes) -> Pixels:
+        settings = self._state.settings
+        return read_image(
             data,
+            self._state.package.manifest.input,
             max_pixels=settings.max_pixels,
             exif_orientation=settings.exif_orientation,
-            draft_size=needed_size(spec) if settings.decode == "scaled" else None,
+            decode=settings.decode,
         )
-        return prepare_image(image, spec)
 
 
 async def unless_caller_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -137,8 +140,7 @@ async def _until_gone(request: Request) -> None:
 
 
 def note_outcomes(context: RequestContext, outcomes: Sequence[Outcome]) -> None:
-    """Keep for the log how many images there were and what the slowest of each stage took."""
-    context.images = len(outcomes)
+    """Keep for the log what the slowest of each stage took."""
     answered = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
     if answered:
         context.stage_ms = {

@@ -48,6 +48,9 @@ class Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no HTTP request, and close."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()  # an answer is under way or given: there is no room for another
+            return
         error = BadRequest("what was sent is no HTTP request, or its head is over 64 KiB")
         request_id = secrets.token_hex(16)
         body = error_body(error, request_id)

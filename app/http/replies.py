@@ -26,10 +26,7 @@ Fields = dict[str, Any]
 def classify_fields(state: ServiceState, answered: Answered, top_k: int) -> Fields:
     """Rank an image's classes."""
     started_at = time.monotonic()
-    predictions = [
-        {"index": one.index, "label": one.label, "probability": one.probability}
-        for one in rank(answered.row.logits, state.package.labels, top_k)
-    ]
+    predictions = rank(answered.row.logits, state.package.labels, top_k)
     state.metrics.stage_duration["rank"].observe(time.monotonic() - started_at)
     return {"predictions": predictions}
 

@@ -12,9 +12,21 @@ from app.http import schemas
 from app.http.context import RequestContext
 from app.http.deps import ContextDep, DeadlineDep, StateDep, require_api_key
 from app.http.inputs import read_inputs
-from app.http.pipeline import Outcome, Pipeline, milliseconds, note_outcomes, unless_caller_leaves
-from app.http.replies import classify_fields, embed_fields, json_reply, octet_reply
+from app.http.pipeline import (
+    Answered,
+    Outcome,
+    Pipeline,
+    milliseconds,
+    note_outcomes,
+    unless_caller_leaves,
+)
+from app.http.replies import Fields, classify_fields, embed_fields, json_reply, octet_reply
 from app.http.state import ServiceState
+
+# A reply larger than this is put together in a thread: it would hold up the loop for a millisecond
+# or more.
+MANY_PREDICTIONS = 500
+MANY_VECTORS = 16
 
 router = APIRouter(dependencies=[Depends(require_api_key)])
 
@@ -84,9 +96,13 @@ async def classify(
 ) -> Response:
     """Name what an image shows: the `top_k` most probable classes."""
     outcomes, several = await _answer(request, state, context, deadline)
-    return json_reply(
-        state, context, outcomes, several, lambda one: classify_fields(state, one, query.top_k)
-    )
+
+    def fields(one: Answered) -> Fields:
+        return classify_fields(state, one, query.top_k)
+
+    if len(outcomes) * query.top_k > MANY_PREDICTIONS:
+        return await state.pool.run(json_reply, state, context, outcomes, several, fields)
+    return json_reply(state, context, outcomes, several, fields)
 
 
 @router.post(
@@ -110,7 +126,13 @@ async def embed(
     outcomes, several = await _answer(request, state, context, deadline)
     if "application/octet-stream" in request.headers.get("accept", ""):
         return octet_reply(state, outcomes, query)
-    return json_reply(state, context, outcomes, several, lambda one: embed_fields(one, query))
+
+    def fields(one: Answered) -> Fields:
+        return embed_fields(one, query)
+
+    if len(outcomes) > MANY_VECTORS:
+        return await state.pool.run(json_reply, state, context, outcomes, several, fields)
+    return json_reply(state, context, outcomes, several, fields)
 
 
 @router.get(
@@ -155,9 +177,10 @@ async def _answer(
 ) -> tuple[Sequence[Outcome], bool]:
     """Read a request's images and answer them."""
     pipeline = Pipeline(state, state.model(), deadline)
+    pipeline.check_admission()  # what cannot be answered need not be sent
     settings = state.settings
     inputs = await read_inputs(
-        request, body_limit=settings.body_limit_bytes, max_images=settings.max_images
+        request, state.pool, body_limit=settings.body_limit_bytes, max_images=settings.max_images
     )
     context.images = len(inputs.items)
     outcomes = await unless_caller_leaves(request, pipeline.answer_all(inputs.items))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.backends.base import BackendInfo
 from app.engine.base import Engine
 from app.engine.loading import GoldenCheck
 from app.errors import NotReady
+from app.http.pool import CpuPool
 from app.metrics import Metrics
 from app.settings import Settings
 from models.package import Package
@@ -41,7 +41,7 @@ class ServiceState:
         settings: as read at start.
         package: the model to serve.
         metrics: all of them.
-        decode_pool: threads that decode and resize; nothing else runs there.
+        pool: threads for what would hold up the event loop: images, large bodies and replies.
         api_keys: keys that are let in; None lets everybody in.
         loaded: the model, None while it loads.
         draining: SIGTERM came: still serving, no longer ready.
@@ -50,9 +50,9 @@ class ServiceState:
     settings: Settings
     package: Package
     metrics: Metrics
-    decode_pool: ThreadPoolExecutor
+    pool: CpuPool
     api_keys: frozenset[str] | None = None
-    loaded: LoadedModel | None = field(default=None)
+    loaded: LoadedModel | None = None
     draining: bool = False
 
     def model(self) -> LoadedModel:

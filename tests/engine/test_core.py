@@ -719,3 +719,21 @@ def test_the_default_clock_is_the_one_deadlines_are_given_in() -> None:
         core.check_admission(time.monotonic() + 60)
     finally:
         core.close(PATIENCE_SECONDS)
+
+
+def test_a_fault_while_answering_costs_neither_the_thread_nor_an_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class FaultyObserver(CountingObserver):
+        def batch_done(self, size: int) -> None:
+            super().batch_done(size)
+            if len(self.sizes) == 1:
+                raise RuntimeError("the observer is broken")
+
+    with running(WatchedBackend(), observer=FaultyObserver()) as core:
+        (first,) = submit(core, 1)
+        assert isinstance(first.error(), InferenceFailed)
+        (second,) = submit(core, 2)
+        second.assert_got_its_row()
+        assert core.status().stalled_seconds == 0
+    assert "the observer is broken" in caplog.text

@@ -171,7 +171,7 @@ def test_warm_up_goes_on_over_one_size_that_does_not_gain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "sizes"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4]), (8, [1, 2, 4, 8])]
+    ("limit", "sizes"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4, 7]), (8, [1, 2, 4, 8])]
 )
 def test_warm_up_never_runs_more_than_the_limit(limit: int, sizes: list[int]) -> None:
     backend = CostedBackend(lambda size, run: 1.0)

@@ -244,6 +244,18 @@ def test_a_package_is_replaced_only_when_asked(
     assert open_package(copy).manifest.version != version
 
 
+def test_a_folder_that_is_no_package_is_never_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.tex").write_text("years of work")
+    arguments = ("--checkpoint", checkpoint(tmp_path), "--out", thesis, "--overwrite")
+    assert run("export", "caformer_digits", *arguments) == 2
+    assert "is no model package and stays" in capsys.readouterr().err
+    assert (thesis / "chapter1.tex").read_text() == "years of work"
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -368,6 +368,34 @@ def test_bytes_that_are_no_http_are_told_so_in_the_one_shape(service: RunningSer
         assert wire.read_end() == b""
 
 
+def test_garbage_after_an_answer_ends_the_connection_in_silence(
+    service: RunningService, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(head)
+        check_error(wire.read_reply(), 404, "not_found")
+        wire.send(b"zz\r\n")
+
+        assert wire.read_end() == b""
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_request_in_a_batch_that_hangs_is_told_at_the_end_of_the_drain(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = WatchedBackend(gate_open=False)
+    with running_service(backend, drain_timeout_s=0.1) as running, running.connect() as sock:
+        sock.sendall(http("POST", "/classify", grey(255)))
+        backend.wait_for_batches(1)
+        running.server.stop()
+
+        check_error(Wire(sock).read_reply(), 503, "draining")
+        backend.gate.set()
+    assert "Exception in ASGI application" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "sent",
     [

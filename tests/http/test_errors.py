@@ -334,7 +334,6 @@ def test_a_caller_that_asks_first_is_told_to_go_on(service: RunningService) -> N
         {"files": parts(*[grey(0)] * 5)},
         {"json": {"images": [text(grey(0))] * 5}},
         {"files": [*parts(*[grey(0)] * 4), ("other", ("a", b"x"))]},
-        {"data": {str(index): "x" for index in range(5)}, "files": parts(grey(0))},
     ],
 )
 def test_too_many_images_or_parts_are_refused(
@@ -463,13 +462,19 @@ def test_a_fault_of_ours_is_told_in_the_one_shape_without_details(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("app.http.pipeline.prepare_image", broken)
+    monkeypatch.setattr("app.http.pipeline.read_image", broken)
 
     reply = service.client.post("/classify", content=grey(0))
 
     assert "secret" not in check_error(reply, 500, "internal_error")
     assert "secret detail" in caplog.text
     assert reply.headers["x-request-id"] in caplog.text
+
+
+def test_text_fields_beside_an_image_do_not_count_as_images(service: RunningService) -> None:
+    fields = {str(index): "x" for index in range(20)}
+
+    assert service.client.post("/classify", data=fields, files=parts(grey(0))).status_code == 200
 
 
 # 503 overloaded, draining, not_ready; 504

@@ -165,7 +165,7 @@ def test_stages_are_those_of_the_contract(text: str) -> None:
 def test_routes_are_templates_and_never_what_a_caller_wrote(text: str) -> None:
     with running_service(loaded=False) as service:
         paths = create_app(service.state).openapi()["paths"]
-        service.state.decode_pool.shutdown()
+        service.state.pool.close()
 
     routes = {one["route"] for one in scrape(text)["metaserve_request_duration_seconds_count"]}
 

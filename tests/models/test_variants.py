@@ -420,7 +420,7 @@ def count_parameters(network: MetaFormer) -> tuple[float, float]:
 
 
 def refusal(name: str) -> str:
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(ValueError, match="there is no variant") as caught:
         find_variant(name)
     return str(caught.value.args[0])
 

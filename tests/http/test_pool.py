@@ -1,0 +1,111 @@
+"""Decoding is admitted by time as inference is, and large work does not hold up the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from app.errors import DeadlineExceeded, Overloaded
+from app.http.pool import CpuPool
+from tests.servers import WAIT_SECONDS
+
+FAR = 1e9
+
+
+@pytest.fixture
+def pool() -> Iterator[CpuPool]:
+    pool = CpuPool(threads=1, budget_seconds=1.0)
+    yield pool
+    pool.close()
+
+
+def learn(pool: CpuPool, mean_seconds: float) -> None:
+    """Have the pool believe that its jobs take so long."""
+    pool._mean_seconds = mean_seconds
+
+
+async def until_waiting(pool: CpuPool, jobs: int) -> None:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while pool._pending < jobs:
+            await asyncio.sleep(0)
+
+
+def test_an_idle_pool_admits_whatever_it_believes(pool: CpuPool) -> None:
+    learn(pool, 60.0)
+
+    assert asyncio.run(pool.run_admitted(time.monotonic() + 1, lambda: 7)) == 7
+
+
+def test_a_job_that_would_wait_too_long_is_refused_at_once(pool: CpuPool) -> None:
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        learn(pool, 0.4)
+        jobs = [asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS)) for _ in range(2)]
+        await until_waiting(pool, 2)
+        assert pool.wait_seconds() == pytest.approx(0.8)
+        pool.check_admission(FAR)
+        with pytest.raises(Overloaded, match="decoded"):  # beyond its own deadline
+            await pool.run_admitted(time.monotonic() + 0.5, lambda: None)
+        jobs.append(asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS)))
+        await until_waiting(pool, 3)
+        with pytest.raises(Overloaded) as refused:  # over the budget
+            await pool.run_admitted(FAR, lambda: None)
+        assert refused.value.retry_after_seconds >= 1
+        gate.set()
+        assert await asyncio.gather(*jobs) == [True] * 3
+        pool.check_admission(FAR)
+
+    asyncio.run(scenario())
+
+
+def test_a_job_whose_turn_comes_too_late_is_not_begun(pool: CpuPool) -> None:
+    gate = threading.Event()
+    begun: list[int] = []
+
+    async def scenario() -> None:
+        plug = asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS))
+        await until_waiting(pool, 1)
+        deadline = time.monotonic() + 0.01
+        late = asyncio.create_task(pool.run_admitted(deadline, begun.append, 1))
+        await until_waiting(pool, 2)
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(DeadlineExceeded):
+            await late
+        await plug
+
+    asyncio.run(scenario())
+    assert begun == []
+
+
+def test_a_cancelled_job_frees_its_place(pool: CpuPool) -> None:
+    gate = threading.Event()
+    begun: list[int] = []
+
+    async def scenario() -> None:
+        plug = asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS))
+        await until_waiting(pool, 1)
+        waiting = asyncio.create_task(pool.run_admitted(FAR, begun.append, 1))
+        await until_waiting(pool, 2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert pool._pending == 1
+        gate.set()
+        await plug
+
+    asyncio.run(scenario())
+    assert begun == []
+
+
+def test_the_wait_follows_what_jobs_took(pool: CpuPool) -> None:
+    asyncio.run(pool.run_admitted(FAR, time.sleep, 0.05))
+
+    assert pool._mean_seconds >= 0.005
+    assert pool.wait_seconds() == 0
