@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+NOT_INSTALLED := echo "metaserve could not install its packages (see above); check that this \
+machine reaches a package index, then run make again" >&2; exit 2
 
 .PHONY: help serve test lint types format docs export-tools clean
 
@@ -32,7 +34,7 @@ format: $(VENV)/.test ## let ruff put the code in shape
 	@$(BIN)/ruff format .
 
 docs: $(VENV)/.serve ## write docs/settings.md again from the settings class
-	@$(BIN)/python -m app.settings > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
+	@$(BIN)/python -m app.settings_page > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
@@ -42,20 +44,20 @@ export-tools: $(VENV)/.export ## add torch and the exporter to the runtime
 # The runtime alone: no torch, nothing that only an export or a test needs.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for serving (about 30 seconds, once) ..."
-	@$(PIP) --editable '.[cpu]'
+	@$(PIP) --editable '.[cpu]' || { $(NOT_INSTALLED); }
 	@touch $@
 
 $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for exports: torch, onnx (a minute or more, once) ..."
-	@$(PIP) --editable '.[cpu,export]'
+	@$(PIP) --editable '.[cpu,export]' || { $(NOT_INSTALLED); }
 	@touch $(VENV)/.serve $@
 
 # timm and torchvision are the reference the tests compare with. They come without their own
 # dependencies: those would replace the CPU build of torch.
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for tests: torch, onnx, timm (a few minutes, once) ..."
-	@$(PIP) --editable '.[cpu,export,dev]'
-	@$(PIP) --no-deps timm torchvision
+	@$(PIP) --editable '.[cpu,export,dev]' || { $(NOT_INSTALLED); }
+	@$(PIP) --no-deps timm torchvision || { $(NOT_INSTALLED); }
 	@touch $(VENV)/.serve $(VENV)/.export $@
 
 $(BIN)/python:

@@ -19,7 +19,6 @@
         BackendUnavailable          backend_unavailable
       DeadlineExceeded              deadline_exceeded
       InferenceFailed               inference_failed
-      Stalled                       stalled
 
 Codes are stable and the same on the wire; statuses stand in `http/errors.py` alone.
 """
@@ -146,12 +145,6 @@ class InferenceFailed(ServiceError):
     """The backend failed on this image; details are in the log."""
 
     code = "inference_failed"
-
-
-class Stalled(ServiceError):
-    """Work is pending and nothing completes; what liveness says of a wedged backend."""
-
-    code = "stalled"
 
 
 class StartupError(Exception):

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import prometheus_client
 
+from app.backends.base import Backend
 from app.backends.select import select_backend
 from app.cpu import cpu_limit
+from app.engine.base import GoldenCheck
 from app.engine.core import EngineCore
 from app.engine.loading import check_golden, warm_up
 from app.engine.local import LocalEngine
+from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow
 from app.errors import StartupError
 from app.http.app import create_app
@@ -43,7 +46,8 @@ def serve(settings: Settings) -> int:
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     server = Server(app, state)
-    log.info("listening on %s, loading %s", url, state.package.path)
+    changed = settings.model_dump(mode="json", exclude_defaults=True)
+    log.info("listening on %s, loading %s", url, state.package.path, extra={"fields": changed})
     failures: list[str] = []
 
     def load() -> None:
@@ -101,29 +105,34 @@ def load_model(state: ServiceState) -> LoadedModel:
         StartupError: the backend cannot run here.
         PackageError: the package is damaged, or its numbers are not reproduced.
     """
-    settings, package, metrics = state.settings, state.package, state.metrics
+    settings, package = state.settings, state.package
     package.check_files()
     _ = package.labels  # read now, so that a wrong file stops the start and not a request
     backend = select_backend(settings, package, settings.threads or cpu_limit())
     golden = check_golden(backend, package) if backend.info.runs_package else None
     times = warm_up(backend, settings.max_batch_size)
-    info = backend.info
-    window = BatchWindow(times.largest_useful(), settings.max_wait_ms / 1000)
+    return wire_model(state, backend, times, times.largest_useful(), golden)
+
+
+def wire_model(
+    state: ServiceState,
+    backend: Backend,
+    times: ServiceTimes,
+    max_batch_size: int,
+    golden: GoldenCheck | None,
+) -> LoadedModel:
+    """Put an engine around a backend and show it in the metrics."""
+    settings, metrics, info = state.settings, state.metrics, backend.info
+    window = BatchWindow(max_batch_size, settings.max_wait_ms / 1000)
     observer = metrics.batch_observer(info.name)
     core = EngineCore(backend, window, times, settings.queue_budget_ms / 1000, observer)
     engine = LocalEngine(core)
     metrics.watch(engine.status, state.pool.wait_seconds)
-    manifest = package.manifest
-    metrics.model_info.labels(
-        manifest.name,
-        manifest.version,
-        manifest.variant,
-        info.name,
-        info.precision,
-        info.device,
-    ).set(1)
+    manifest = state.package.manifest
+    labels = manifest.name, manifest.version, manifest.variant
+    metrics.model_info.labels(*labels, info.name, info.precision, info.device).set(1)
     log.info("%s %s on %s", manifest.name, manifest.version, info.runtime)
-    return LoadedModel(engine, info, golden, window.max_batch_size, times.as_dict())
+    return LoadedModel(engine, info, golden, max_batch_size, times.as_dict())
 
 
 def read_api_keys(path: Path | None) -> frozenset[str] | None:
@@ -148,6 +157,8 @@ def _serve_metrics_apart(state: ServiceState) -> None:
     port = state.settings.metrics_port
     if port is None:
         return
+    if port == state.settings.port != 0:
+        raise StartupError(f"METASERVE_METRICS_PORT and METASERVE_PORT are both {port}; change one")
     host, registry = state.settings.host, state.metrics.registry
     try:
         server, _ = prometheus_client.start_http_server(port, host, registry)

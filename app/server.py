@@ -24,6 +24,9 @@ from app.http.state import ServiceState
 log = logging.getLogger("metaserve.server")
 
 BACKLOG = 2048
+# Longer than balancers keep idle connections (60 s is usual), so that they close first and none of
+# them sends a request into a connection that is being closed.
+KEEP_ALIVE_SECONDS = 75
 # What the server gives connections beyond the drain timeout, for the refusals to be written.
 GRACE_SECONDS = 2.0
 
@@ -37,9 +40,9 @@ def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except socket.gaierror as error:
-        raise StartupError(f"METASERVE_HOST={host!r} is no address of this machine") from error
     except OSError as error:
+        if isinstance(error.__context__, socket.gaierror) or isinstance(error, socket.gaierror):
+            raise StartupError(f"METASERVE_HOST={host!r} is no address of this machine") from error
         reasons = {
             errno.EADDRINUSE: f"port {port} is in use; stop the other program or choose another "
             f"port, for example METASERVE_PORT={port + 1 if port < 65535 else 8000}",
@@ -60,6 +63,7 @@ class Server(uvicorn.Server):
                 app,
                 http=protocol_class(settings.receive_timeout_ms / 1000),
                 ws="none",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 access_log=False,
                 log_config=None,
                 server_header=False,
@@ -67,7 +71,7 @@ class Server(uvicorn.Server):
             )
         )
         self._state = state
-        self._signals: list[signal.Signals] = []
+        self._signals: list[tuple[signal.Signals, bool]] = []
         self._stop_at: float | None = None
         self._refuse_at: float | None = None
 
@@ -76,15 +80,17 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take note of a signal; `on_tick` acts."""
+        """Turn readiness off and take note of the signal; `on_tick` does the rest."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
-        self._signals.append(signal.Signals(sig))
+        first = not self._state.draining
+        self._state.draining = True
+        self._signals.append((signal.Signals(sig), first))
 
     async def on_tick(self, counter: int) -> bool:
         """Move the drain on; called ten times a second."""
         while self._signals:
-            self._take(self._signals.pop(0))
+            self._take(*self._signals.pop(0))
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
@@ -102,9 +108,7 @@ class Server(uvicorn.Server):
             timer.cancel()
         log.info("stopped")
 
-    def _take(self, sig: signal.Signals) -> None:
-        first = not self._state.draining
-        self._state.draining = True
+    def _take(self, sig: signal.Signals, first: bool) -> None:
         loading = self._state.loaded is None
         delay = self._state.settings.drain_delay_s
         if first and sig == signal.SIGTERM and not loading:

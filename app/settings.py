@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     exif_orientation: bool = Field(
         True, description="Turn photographs upright as their EXIF data says."
     )
-    threads: Annotated[int, Field(ge=0)] = Field(
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="CPU threads of the backend and of decoding; 0 takes the container's limit."
     )
     stall_seconds: Annotated[float, Field(gt=0)] = Field(
@@ -171,53 +171,3 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
                 else "docs/settings.md lists them all"
             )
             raise StartupError(f"there is no setting {name}; {hint}")
-
-
-def settings_page() -> str:
-    """Return docs/settings.md."""
-    rows = [
-        f"| `{PREFIX}{name.upper()}` | `--{name.replace('_', '-')}` | {_default(field)} "
-        f"| {_allowed(field)} | {field['description']} |"
-        for name, field in Settings.model_json_schema()["properties"].items()
-    ]
-    return "\n".join([*_PAGE_HEAD, *rows]) + "\n"
-
-
-_PAGE_HEAD = (
-    "# Settings",
-    "",
-    "<!-- Written by `make docs` from app/settings.py; edit it there. -->",
-    "",
-    "Each setting is an environment variable and a flag of `metaserve serve`; a flag goes before a",
-    "variable. A `METASERVE_*` variable that is not listed here stops the start, with the nearest",
-    "name that is.",
-    "",
-    "| Variable | Flag | Default | Allowed | What it does |",
-    "| --- | --- | --- | --- | --- |",
-)
-
-
-def _default(field: dict[str, Any]) -> str:
-    default = field["default"]
-    if default is None:
-        return "none"
-    return f"`{default:g}`" if isinstance(default, float) else f"`{str(default).lower()}`"
-
-
-def _allowed(field: dict[str, Any]) -> str:
-    """Return a field's choices, or its type and bounds."""
-    kind = next((one for one in field.get("anyOf", ()) if one["type"] != "null"), field)
-    if "enum" in kind:
-        return ", ".join(f"`{choice}`" for choice in kind["enum"])
-    words = {"string": "text", "integer": "whole number", "boolean": "`true`, `false`"}
-    name = "path" if kind.get("format") == "path" else words.get(kind["type"], kind["type"])
-    bounds = [
-        f"{sign} {kind[key]:.12g}"
-        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"))
-        if key in kind
-    ]
-    return " ".join([name, ", ".join(bounds)]).strip()
-
-
-if __name__ == "__main__":
-    print(settings_page(), end="")

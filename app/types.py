@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 RGBImage = NewType("RGBImage", Image.Image)
-"""A decoded image: mode RGB, 8 bits a channel, upright, any size."""
+"""A decoded image: mode RGB, 8 bits a channel, any size."""
 
 Pixels = NDArray[np.uint8]
 """uint8 (S, S, 3), RGB, 0..255, C-contiguous."""

@@ -45,6 +45,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-weights", action="store_true", help=f"leave out {WEIGHTS} (the torch backend's)"
     )
+    parser.add_argument(
+        "--head-norm-eps",
+        type=float,
+        metavar="EPS",
+        help="of the norm in the head [1e-5 for official files, 1e-6 for timm's]",
+    )
     shape = parser.add_argument_group(
         "preprocessing", "defaults are those of the published weights"
     )
@@ -96,6 +102,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         version=arguments.version,
         labels=arguments.labels,
+        head_norm_eps=arguments.head_norm_eps,
         ema=not arguments.no_ema,
         weights=not arguments.no_weights,
         overwrite=arguments.overwrite,

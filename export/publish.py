@@ -7,17 +7,16 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import save_file
 
 from export.onnx import OPSET, export_onnx
 from export.verify import compare, judge, torch_answers
 from models.build import build_network
-from models.checkpoints import load_checkpoint
+from models.checkpoints import load_checkpoint, save_weights
 from models.package import (
     GOLDEN,
     LABELS,
@@ -31,6 +30,7 @@ from models.package import (
     Package,
     PackageError,
     Source,
+    check_name,
     hash_files,
     open_package,
     parse_labels,
@@ -54,6 +54,7 @@ class ExportRequest:
         name: of the package; the directory's name when None.
         version: of the package; made from the hash of the weights when None.
         labels: a file with one label a line.
+        head_norm_eps: of the norm in an `mlp` head; the checkpoint's own when None.
         ema: prefer the moving average in a training checkpoint.
         weights: put `weights.safetensors` into the package, for the torch backend.
         overwrite: replace a package that is there.
@@ -68,6 +69,7 @@ class ExportRequest:
     name: str | None = None
     version: str | None = None
     labels: Path | None = None
+    head_norm_eps: float | None = None
     ema: bool = True
     weights: bool = True
     overwrite: bool = False
@@ -91,6 +93,8 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
         ValueError: the architecture does not run at this input size.
     """
     out = request.out.absolute()
+    for name in (request.name or out.name, request.version or "1"):
+        check_name(name)
     if out.exists() and not request.overwrite:
         raise PackageError(f"{request.out} exists already; choose another --out or add --overwrite")
     if out.exists() and not (out / MANIFEST).is_file():
@@ -110,13 +114,15 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
 def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None]) -> None:
     progress(f"reading {request.checkpoint.name}")
     checkpoint = load_checkpoint(request.checkpoint, ema=request.ema)
+    if request.head_norm_eps is not None:
+        checkpoint = replace(checkpoint, head_norm_eps=request.head_norm_eps)
     network = build_network(request.architecture, checkpoint)
     model = ServedModel(network, request.input).eval()
     if request.labels is not None:
         labels = parse_labels(request.labels, checkpoint.classes)
         (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), "utf-8")
     if request.weights:
-        save_file(network.state_dict(), folder / WEIGHTS)
+        save_weights(network.state_dict(), checkpoint.head_norm_eps, folder / WEIGHTS)
     reference = torch_answers(model, request.input.size)
     np.savez(folder / GOLDEN, logits=reference[0], embedding=reference[1])
     progress(f"tracing {request.variant} at {request.input.size} px")

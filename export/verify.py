@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.build import load_served_model
+from models.onnx_runtime import import_onnxruntime
 from models.package import WEIGHTS, Manifest, Package, Verification, golden_images
 from models.serving import ServedModel
 
@@ -44,7 +45,7 @@ def onnx_runner(path: Path) -> tuple[Callable[[NDArray[np.uint8]], Answers], str
         VerificationError: onnxruntime is not installed, or cannot load the graph.
     """
     try:
-        import onnxruntime as ort
+        ort = import_onnxruntime()
     except ImportError as error:
         raise VerificationError(
             "verification runs the graph in onnxruntime; install metaserve[cpu]"
@@ -67,12 +68,14 @@ def compare(path: Path, input_size: int, reference: Answers) -> Verification:
     """Run the graph at batches of 1, 2 and 5 and measure how far it is from the reference.
 
     Raises:
-        VerificationError: the graph cannot be run.
+        VerificationError: the graph cannot be run, or answers with NaN or infinity.
     """
     run, runtime = onnx_runner(path)
     images = golden_images(input_size, IMAGES)
     answers = [_in_batches(run, images, size) for size in BATCH_SIZES]
     logits, embedding = reference
+    if not all(np.isfinite(array).all() for pair in answers for array in pair):
+        raise VerificationError(f"{path} answers with values that are not finite; export it again")
     difference = np.stack([np.abs(actual - logits) for actual, _ in answers])
     distance = np.stack([cosine_distance(actual, embedding) for _, actual in answers])
     agreement = np.stack([actual.argmax(1) == logits.argmax(1) for actual, _ in answers])

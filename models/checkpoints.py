@@ -43,6 +43,8 @@ RENAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 # The official code trains the head's norm with torch's default, timm runs it with 1e-6.
+# Our own files state it.
+EPS_KEY = "head_norm_eps"
 HEAD_NORM_EPS: dict[Layout, float] = {"official": 1e-5, "timm": 1e-6}
 
 
@@ -96,9 +98,38 @@ def load_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         state=state,
         layout=layout,
         classes=int(classifier.shape[0]),
-        head_norm_eps=HEAD_NORM_EPS[layout],
+        head_norm_eps=_stated_eps(path) or HEAD_NORM_EPS[layout],
         sha256=sha256_file(path),
     )
+
+
+def save_weights(state: dict[str, Tensor], head_norm_eps: float, path: Path) -> None:
+    """Write a `.safetensors` file in our layout, with the epsilon that belongs to the weights.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, path, metadata={EPS_KEY: repr(head_norm_eps)})
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def _stated_eps(path: Path) -> float | None:
+    """Return the epsilon that `save_weights` wrote into a file, None where it is another's."""
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        stated = (file.metadata() or {}).get(EPS_KEY)
+    try:
+        return None if stated is None else float(stated)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} states a head_norm_eps that is no number") from error
 
 
 def unwrap(content: object, *, ema: bool = True) -> dict[str, Tensor]:
@@ -108,8 +139,9 @@ def unwrap(content: object, *, ema: bool = True) -> dict[str, Tensor]:
         CheckpointError: there is no mapping of names to tensors in it.
     """
     for wrapper in WRAPPERS if ema else WRAPPERS_WITHOUT_EMA:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+        inner = content.get(wrapper) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping) and inner:
+            content = inner
             break
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(

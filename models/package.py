@@ -11,6 +11,8 @@ caformer_digits/
 from __future__ import annotations
 
 import hashlib
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,8 +45,21 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
 Triple = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+
+# What numpy raises at files that are no archive of arrays.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+)
 
 
 class PackageError(Exception):
@@ -67,10 +82,10 @@ class InputSpec(_Frozen):
     """
 
     size: Annotated[int, Field(ge=1, le=4096)]
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
 class ArchitectureSpec(_Frozen):
@@ -193,9 +208,23 @@ class Package:
 
     @cached_property
     def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Logits (N, C) and embeddings (N, D) of torch in float32 for `golden_images`."""
-        with np.load(self._require(GOLDEN, "the check at start"), allow_pickle=False) as arrays:
-            return arrays["logits"], arrays["embedding"]
+        """Logits (N, C) and embeddings (N, D) of torch in float32 for `golden_images`.
+
+        Raises:
+            PackageError: the package holds none, or they cannot be read.
+        """
+        path = self._require(GOLDEN, "the check at start")
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                logits, embedding = arrays["logits"], arrays["embedding"]
+        except _UNREADABLE as error:
+            raise PackageError(
+                f"{path} holds no golden outputs; export the package again"
+            ) from error
+        widths = self.manifest.classes, self.manifest.embedding_dim
+        if (logits.shape[1:], embedding.shape[1:]) != ((widths[0],), (widths[1],)):
+            raise PackageError(f"{path} belongs to another network; export the package again")
+        return logits, embedding
 
     def check_files(self) -> None:
         """Compare every file with its hash in the manifest.
@@ -231,10 +260,10 @@ def open_package(path: Path) -> Package:
         PackageError: no package, or a manifest this version does not understand.
     """
     manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        raise PackageError(f"{path} is no model package: it holds no {MANIFEST}")
     try:
         manifest = Manifest.model_validate_json(manifest_path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise PackageError(f"{path} is no model package: it holds no {MANIFEST}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -254,9 +283,14 @@ def find_package(model: str, store: Path | None = None) -> Path:
     if not candidates:
         candidates = [root / model for root in (store, PRETRAINED) if root is not None]
         candidates.append(Path(model))
+    if store is not None and not store.is_dir():
+        raise PackageError(f"the model store {store} is no directory that can be read")
     for candidate in candidates:
-        if (candidate / MANIFEST).is_file():
-            return candidate
+        try:
+            if (candidate / MANIFEST).is_file():
+                return candidate
+        except OSError as error:
+            raise PackageError(f"{candidate} cannot be read: {error.strerror}") from error
     known = sorted(
         {
             manifest.parent.name
@@ -278,7 +312,8 @@ def parse_labels(path: Path, classes: int) -> tuple[str, ...]:
         PackageError: not UTF-8, or another number of lines than classes.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        # Not `splitlines`, which also splits at characters that may stand in a label.
+        lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PackageError(f"labels file {path} cannot be read as UTF-8 text: {error}") from error
     if len(lines) != classes:
@@ -310,6 +345,19 @@ def golden_images(size: int, count: int = 5) -> NDArray[np.uint8]:
         )
         images[index] = (ramps * (count - index) + noise * (index + 1)) // (count + 1)
     return images
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a package's name or version.
+
+    Raises:
+        PackageError: it holds other characters than letters, digits, dot, dash and underscore.
+    """
+    if not re.fullmatch(MODEL_NAME, name):
+        raise PackageError(
+            f"{name!r} cannot be a package's name or version: letters, digits, dots, dashes and "
+            "underscores can, 128 at most; see --name and --version"
+        )
 
 
 def sha256_file(path: Path) -> str:

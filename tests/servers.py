@@ -19,14 +19,10 @@ import httpx
 
 from app.backends.base import Backend
 from app.backends.fake import FakeBackend
-from app.engine.core import EngineCore
-from app.engine.loading import GoldenCheck
-from app.engine.local import LocalEngine
 from app.engine.timing import ServiceTimes
-from app.engine.window import BatchWindow
 from app.http.app import create_app
 from app.http.state import LoadedModel, ServiceState
-from app.main import build_state, load_model
+from app.main import build_state, load_model, wire_model
 from app.server import Server, bind
 from app.settings import Settings
 from app.types import Batch, Rows
@@ -182,23 +178,8 @@ def running_service(
 
 def _load(state: ServiceState, backend: Backend, batch_seconds: Mapping[int, float]) -> LoadedModel:
     """Load a backend without a proof and a warm-up; it may be behind a gate."""
-    settings, metrics, info = state.settings, state.metrics, backend.info
     times = ServiceTimes(batch_seconds)
-    core = EngineCore(
-        backend,
-        BatchWindow(settings.max_batch_size, settings.max_wait_ms / 1000),
-        times,
-        settings.queue_budget_ms / 1000,
-        metrics.batch_observer(info.name),
-    )
-    engine = LocalEngine(core)
-    metrics.watch(engine.status, state.pool.wait_seconds)
-    manifest = state.package.manifest
-    metrics.model_info.labels(
-        manifest.name, manifest.version, manifest.variant, info.name, info.precision, info.device
-    ).set(1)
-    golden = GoldenCheck(max_abs_logit_difference=0.0, batch_dependence=0.0)
-    return LoadedModel(engine, info, golden, settings.max_batch_size, times.as_dict())
+    return wire_model(state, backend, times, state.settings.max_batch_size, golden=None)
 
 
 @dataclass
@@ -222,7 +203,7 @@ class ServiceProcess:
         with self._changed:
             return [json.loads(line) for line in self.lines if line.startswith("{")]
 
-    def wait_for_log(self, text: str, seconds: float = 60.0) -> dict[str, Any]:
+    def wait_for_log(self, text: str, seconds: float = 180.0) -> dict[str, Any]:
         """Return the first log record whose message holds a text, waiting for it."""
 
         def found() -> list[dict[str, Any]]:

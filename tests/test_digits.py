@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,9 @@ import httpx
 import pytest
 
 from examples.digits.data import held_out
+from examples.digits.drawings import drawings
+from examples.digits.evaluate import read_digits
+from models.build import load_served_model
 from models.package import PRETRAINED, open_package
 from tests.servers import RunningService, running_service
 
@@ -36,6 +40,25 @@ def test_package_is_small_and_reads_the_held_out_digits() -> None:
     assert evaluation is not None
     assert evaluation.images == len(held_out()) >= 350
     assert evaluation.top1 == evaluation.correct / evaluation.images >= 0.98
+
+
+def test_digits_drawn_as_with_a_mouse_are_read_in_every_shape_and_condition() -> None:
+    drawn = list(drawings())
+    assert len(drawn) >= 3000
+    right = read_digits(load_served_model(PACKAGE), [one.image for one in drawn])
+    by_condition: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for drawing, found in zip(drawn, right, strict=True):
+        by_condition["all", ""].append(bool(found == drawing.label))
+        for condition in drawing.conditions.items():
+            by_condition[condition].append(bool(found == drawing.label))
+    share = {condition: sum(read) / len(read) for condition, read in by_condition.items()}
+    assert share["all", ""] >= 0.97
+    poor = {condition: read for condition, read in share.items() if read < 0.85}
+    assert not poor
+    # Thick or thin, any colours, off centre: no such condition is hard.
+    shapes = {condition for condition in share if condition[0] == "glyph"}
+    assert len(shapes) >= 20
+    assert min(share[condition] for condition in share.keys() - shapes) >= 0.95
 
 
 def test_digits_sent_one_by_one_give_the_accuracy_the_manifest_states(

@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from app.errors import StartupError
-from app.settings import PREFIX, Settings, load_settings, settings_page
+from app.settings import PREFIX, Settings, load_settings
+from app.settings_page import settings_page
 
 ROOT = Path(__file__).parents[1]
 

@@ -88,7 +88,11 @@ def test_service_answers_photographs_as_timm_does(
     trained: tuple[Path, Answers], backend: str
 ) -> None:
     package, (expected_logits, expected_embedding) = trained
-    env = {"METASERVE_MODEL": str(package), "METASERVE_BACKEND": backend}
+    env = {
+        "METASERVE_MODEL": str(package),
+        "METASERVE_BACKEND": backend,
+        "METASERVE_MAX_BATCH_SIZE": "2",  # warming larger ones takes torch half a minute
+    }
     with service_process(env) as service:
         logits, embedding = served_answers(service)
     assert len(logits) >= 3

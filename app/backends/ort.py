@@ -9,6 +9,7 @@ from typing import Literal
 from app.backends.base import BackendInfo
 from app.errors import StartupError
 from app.types import Batch, Rows
+from models.onnx_runtime import import_onnxruntime
 from models.package import Package
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -35,7 +36,7 @@ class OnnxRuntimeBackend:
     def __init__(self, package: Package, provider: Provider, threads: int) -> None:
         _refuse_two_distributions()
         try:
-            import onnxruntime as ort
+            ort = import_onnxruntime()
         except ImportError as error:
             raise StartupError(
                 "the onnxruntime backend needs the package onnxruntime; "

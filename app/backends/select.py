@@ -20,8 +20,13 @@ def select_backend(settings: Settings, package: Package, threads: int) -> Backen
             from app.backends.ort import OnnxRuntimeBackend
 
             provider = settings.ort_provider
-            if provider == "auto" and settings.device != "auto":
+            if provider == "auto":
                 provider = settings.device
+            elif (provider == "cpu") != (settings.device == "cpu") and settings.device != "auto":
+                raise StartupError(
+                    f"METASERVE_ORT_PROVIDER={provider} contradicts "
+                    f"METASERVE_DEVICE={settings.device}; set one of them"
+                )
             return OnnxRuntimeBackend(package, provider, threads)
         case "torch":
             from app.backends.pytorch import TorchBackend

@@ -29,6 +29,19 @@ class EngineStatus:
     last_error: str | None
 
 
+@dataclass(frozen=True)
+class GoldenCheck:
+    """How this machine's answers to the golden images differ from torch in float32.
+
+    Attributes:
+        max_abs_logit_difference: over all golden images and both batch sizes.
+        batch_dependence: largest difference of a logit between an image alone and in a batch.
+    """
+
+    max_abs_logit_difference: float
+    batch_dependence: float
+
+
 class Engine(Protocol):
     """Answers images with rows, batching them as it sees fit."""
 
@@ -47,7 +60,12 @@ class Engine(Protocol):
         ...
 
     def check_admission(self, deadline: float) -> None:
-        """Raise what `infer` would raise now, before any work is spent on an image."""
+        """Raise what `infer` would raise now, before any work is spent on an image.
+
+        Raises:
+            Refused: too much waits already, or the engine closes.
+            DeadlineExceeded: the deadline has passed.
+        """
         ...
 
     def status(self) -> EngineStatus:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from app.backends.base import Backend
+from app.engine.base import GoldenCheck
 from app.engine.timing import USEFUL_GAIN, ServiceTimes
 from app.types import Batch, Rows
 from models.package import Package, PackageError, golden_images
@@ -30,29 +30,28 @@ MAX_RUNS = 200
 EMBEDDING_TOLERANCE = 0.05
 
 
-@dataclass(frozen=True)
-class GoldenCheck:
-    """How this machine's answers to the golden images differ from torch in float32.
-
-    Attributes:
-        max_abs_logit_difference: over all golden images and both batch sizes.
-        batch_dependence: largest difference of a logit between an image alone and in a batch.
-    """
-
-    max_abs_logit_difference: float
-    batch_dependence: float
-
-
 def check_golden(backend: Backend, package: Package) -> GoldenCheck:
     """Reproduce the package's golden outputs, alone and in one batch.
 
     Raises:
-        PackageError: the answers differ by more than the package's tolerance allows.
+        PackageError: the graph cannot be run as the manifest says, or the answers differ by more
+            than the package's tolerance allows.
     """
     logits, embedding = package.golden
     images = golden_images(package.manifest.input.size, len(logits))
-    together = backend.run(images)
-    singles = [backend.run(images[i : i + 1]) for i in range(len(images))]
+    try:
+        together = backend.run(images)
+        singles = [backend.run(images[i : i + 1]) for i in range(len(images))]
+    except Exception as error:  # each library has errors of its own
+        raise PackageError(
+            f"{package.path} cannot be run on {backend.info.runtime}: {str(error).splitlines()[0]}"
+        ) from error
+    found_shapes = together.logits.shape, together.embedding.shape
+    if found_shapes != (logits.shape, embedding.shape):
+        raise PackageError(
+            f"{package.path} answers with shapes {found_shapes}, its golden outputs have "
+            f"{(logits.shape, embedding.shape)}; export it again"
+        )
     alone = Rows(
         np.concatenate([rows.logits for rows in singles]),
         np.concatenate([rows.embedding for rows in singles]),

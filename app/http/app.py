@@ -45,11 +45,7 @@ def create_app(state: ServiceState) -> FastAPI:
         lifespan=lifespan,
         middleware=[
             Middleware(ObserveRequests, state=state),
-            Middleware(
-                LimitBody,
-                limit_bytes=state.settings.body_limit_bytes,
-                timeout_seconds=state.settings.receive_timeout_ms / 1000,
-            ),
+            Middleware(LimitBody, state=state),
         ],
     )
     app.state.service = state

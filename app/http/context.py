@@ -11,7 +11,8 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
-"""What orchestrators ask every few seconds; neither logged nor counted as traffic is."""
+"""What orchestrators ask every few seconds: a good answer is logged at debug, none is counted as a
+refused request."""
 
 _KEY = "metaserve.context"
 _CLEAN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.errors import Draining, Stalled
+from app.errors import BackendUnavailable, Draining
 from app.http import schemas
 from app.http.deps import StateDep
 
@@ -18,9 +18,12 @@ metrics_router = APIRouter()
 async def livez(state: StateDep) -> schemas.Health:
     """Fail only when work is pending and nothing has completed for too long."""
     if state.loaded is not None:
-        stalled_seconds = state.loaded.engine.status().stalled_seconds
-        if stalled_seconds > state.settings.stall_seconds:
-            raise Stalled(f"work is pending and nothing completed for {stalled_seconds:.0f} s")
+        status = state.loaded.engine.status()
+        if status.stalled_seconds > state.settings.stall_seconds:
+            last = f"; its last error: {status.last_error}" if status.last_error else ""
+            raise BackendUnavailable(
+                f"work is pending and nothing completed for {status.stalled_seconds:.0f} s{last}"
+            )
     return schemas.Health(status="alive")
 
 

@@ -41,6 +41,8 @@ class Inputs:
     several: bool
 
 
+# Media type and parameters before the comma of a data: URI.
+MAX_DATA_URI_HEAD = 200
 # Larger JSON is parsed in a thread: it would hold up the loop for a millisecond or more.
 LARGE_JSON_BYTES = 100_000
 
@@ -67,11 +69,13 @@ async def read_inputs(
     elif content_type == "application/json" or content_type.endswith("+json"):
         body = await request.body()
         is_large = len(body) > LARGE_JSON_BYTES
-        inputs = await pool.run(_read_json, body) if is_large else _read_json(body)
+        inputs = (
+            await pool.run(_read_json, body, max_images)
+            if is_large
+            else _read_json(body, max_images)
+        )
     else:
         inputs = Inputs([await request.body()], several=False)
-    if len(inputs.items) > max_images:
-        raise _too_many(max_images)
     if inputs.items == [b""]:
         raise BadRequest("the body is empty; send an image file in it")
     return inputs
@@ -122,7 +126,7 @@ async def _read_part(part: UploadFile | str) -> Item:
     return data or BadRequest("a part named image is empty; send an image file in it")
 
 
-def _read_json(body: bytes) -> Inputs:
+def _read_json(body: bytes, max_images: int) -> Inputs:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -138,6 +142,8 @@ def _read_json(body: bytes) -> Inputs:
     images = content.get("images")
     if not isinstance(images, list) or not images:
         raise BadRequest(f"the JSON body holds no list of images; {shape}")
+    if len(images) > max_images:  # before anything is made of each
+        raise _too_many(max_images)
     return Inputs([decode_base64(image) for image in images], several=True)
 
 
@@ -146,7 +152,7 @@ def decode_base64(text: object) -> Item:
     if not isinstance(text, str):
         return BadRequest("an image in JSON is a text: base64, or a data: URI")
     if text[:5].lower() == "data:":
-        head = _DATA_URI.match(text)
+        head = _DATA_URI.match(text[:MAX_DATA_URI_HEAD])
         if head is None or head[1] is None:
             return BadRequest("a data: URI must be base64: data:image/png;base64,...")
         text = text[head.end() :]

@@ -19,6 +19,9 @@ from app.types import Pixels, Row
 
 T = TypeVar("T")
 
+# Of one request; the others wait outside the queues, so that other callers come in between.
+IMAGES_AT_ONCE = 32
+
 
 class CallerLeft(Exception):
     """The caller closed the connection; nobody is left to answer."""
@@ -71,7 +74,8 @@ class Pipeline:
             ServiceError: when no image was answered and none of them is to blame: the request as
                 a whole was refused or late.
         """
-        outcomes = await asyncio.gather(*(self._outcome(item) for item in items))
+        turns = asyncio.Semaphore(IMAGES_AT_ONCE)
+        outcomes = await asyncio.gather(*(self._outcome(item, turns) for item in items))
         first = outcomes[0]
         refused = (Refused, DeadlineExceeded)
         if isinstance(first, refused) and all(isinstance(other, refused) for other in outcomes):
@@ -97,9 +101,10 @@ class Pipeline:
         stages["inference"].observe(row.inference_seconds)
         return Answered(row, decode_seconds)
 
-    async def _outcome(self, item: Item) -> Outcome:
+    async def _outcome(self, item: Item, turns: asyncio.Semaphore) -> Outcome:
         try:
-            return await self.answer(item)
+            async with turns:
+                return await self.answer(item)
         except ServiceError as error:
             return error
 

@@ -13,6 +13,7 @@ from app.errors import DeadlineExceeded, Overloaded
 P = ParamSpec("P")
 T = TypeVar("T")
 
+LATE = "the deadline passed before the image was decoded"
 # Weight of a new duration: follows a change of traffic within a few images a thread.
 SMOOTHING = 0.1
 
@@ -63,7 +64,7 @@ class CpuPool:
 
         Raises:
             Overloaded: it would wait, or has waited, longer than the budget.
-            DeadlineExceeded: its turn came after the deadline.
+            DeadlineExceeded: the deadline passed before the job was done.
         """
         self.check_admission(deadline)
         submitted_at = time.monotonic()
@@ -71,7 +72,7 @@ class CpuPool:
         def unless_late() -> T:
             now = time.monotonic()
             if now >= deadline:
-                raise DeadlineExceeded("the deadline passed before the image was decoded")
+                raise DeadlineExceeded(LATE)
             if now - submitted_at > self._budget_seconds:
                 raise _overloaded(self._budget_seconds)
             try:
@@ -79,7 +80,11 @@ class CpuPool:
             finally:
                 self._mean_seconds += SMOOTHING * (time.monotonic() - now - self._mean_seconds)
 
-        return await self.run(unless_late)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await self.run(unless_late)
+        except TimeoutError:
+            raise DeadlineExceeded(LATE) from None
 
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a job when a thread is free."""

@@ -6,6 +6,7 @@ h11 bounds a request's head to 64 KiB; httptools has no bound.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 
 import h11
@@ -14,17 +15,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.errors import BadRequest
 from app.http.errors import error_body
 
+access_log = logging.getLogger("metaserve.access")
 
-class Protocol(H11Protocol):
+
+class PatientProtocol(H11Protocol):
     """One connection.
 
-    A caller that is slow to send a request's head, or the rest of a body that was refused, is cut
-    off after `patience_seconds`. While a request is being answered, `LimitBody` watches its body.
+    A caller that is slow to send a request's head, or the rest of a body that was refused, or that
+    does not read its reply, is cut off after `patience_seconds`. While a request is being answered,
+    `LimitBody` watches its body.
     """
 
     patience_seconds = 30.0
 
     _patience: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a first request."""
@@ -46,13 +51,40 @@ class Protocol(H11Protocol):
         self._stop_watching()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        """The caller does not read: give it some time."""
+        super().pause_writing()
+        if self._stuck is None:
+            self._stuck = self.loop.call_later(self.patience_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The caller reads on."""
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close a connection that rested; one that never took its last reply is cut off."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are no HTTP request, and close."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()  # an answer is under way or given: there is no room for another
             return
-        error = BadRequest("what was sent is no HTTP request, or its head is over 64 KiB")
+        error = BadRequest("what was sent is no valid HTTP/1.1 request, or its head is over 64 KiB")
         request_id = secrets.token_hex(16)
+        fields = {
+            "request_id": request_id,
+            "status": 400,
+            "client": self.client[0] if self.client else None,
+            "error": error.code,
+        }
+        access_log.info("request", extra={"fields": fields})
         body = error_body(error, request_id)
         headers = [
             (b"content-type", b"application/json"),
@@ -70,7 +102,10 @@ class Protocol(H11Protocol):
 
     def _watch(self) -> None:
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        if is_answering or self.transport.is_closing():
+        is_sending = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
+        # A connection that rests between two requests is uvicorn's to close.
+        is_resting = self.cycle is not None and not is_sending
+        if is_answering or is_resting or self.transport.is_closing():
             self._stop_watching()
         elif self._patience is None:
             self._patience = self.loop.call_later(self.patience_seconds, self.transport.abort)
@@ -81,6 +116,6 @@ class Protocol(H11Protocol):
             self._patience = None
 
 
-def protocol_class(patience_seconds: float) -> type[Protocol]:
+def protocol_class(patience_seconds: float) -> type[PatientProtocol]:
     """Return the protocol with a patience of its own; uvicorn makes the instances."""
-    return type("PatientProtocol", (Protocol,), {"patience_seconds": patience_seconds})
+    return type("Protocol", (PatientProtocol,), {"patience_seconds": patience_seconds})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -108,7 +109,7 @@ async def classify(
 @router.post(
     "/embed",
     response_model=schemas.EmbedOne | schemas.EmbedSeveral,
-    responses=_ERRORS,
+    responses=_ERRORS | {200: {"content": {"application/octet-stream": {"schema": _BINARY}}}},
     openapi_extra=_IMAGE_BODY,
 )
 async def embed(
@@ -121,10 +122,10 @@ async def embed(
     """Turn an image into a vector: pooled, after the network's final norm.
 
     With `Accept: application/octet-stream` the reply is the little-endian float32 bytes alone,
-    one vector after the other.
+    one vector after the other; an image that cannot be used then fails the whole request.
     """
     outcomes, several = await _answer(request, state, context, deadline)
-    if "application/octet-stream" in request.headers.get("accept", ""):
+    if _wants_bytes(request.headers.get("accept", "")):
         return octet_reply(state, outcomes, query)
 
     def fields(one: Answered) -> Fields:
@@ -170,6 +171,15 @@ async def models(state: StateDep) -> Response:
         evaluation=evaluation.model_dump() if evaluation else None,
     )
     return JSONResponse(info.model_dump())
+
+
+def _wants_bytes(accept: str) -> bool:
+    """Tell whether an Accept header names application/octet-stream, and not to exclude it."""
+    for choice in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in choice.split(";"))
+        if kind == "application/octet-stream":
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
 
 
 async def _answer(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.backends.base import BackendInfo
-from app.engine.base import Engine
-from app.engine.loading import GoldenCheck
+from app.engine.base import Engine, GoldenCheck
 from app.errors import NotReady
 from app.http.pool import CpuPool
 from app.metrics import Metrics

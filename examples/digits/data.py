@@ -49,7 +49,7 @@ def training_and_validation_scans() -> tuple[Scans, Scans]:
 
 
 def held_out_scans() -> Scans:
-    """Return the 359 digits that no training and no choice has seen."""
+    """Return the 359 digits that no weight was fitted to."""
     scans, folds = _all_scans()
     return scans.take(folds == HELD_OUT_FOLD)
 

@@ -33,7 +33,7 @@ from models.package import (
 )
 from models.serving import ServedModel
 from models.variants import Architecture, find_variant
-from tests.reference import randomise
+from tests.reference import randomise, to_official_layout
 
 DIGITS, _ = find_variant("caformer_digits")
 GOLDEN_SHA256 = "bd65f4da62f554862ad1304f42920860fa6c94475c8c6fccfc5f2036cf3e358f"
@@ -44,6 +44,13 @@ def checkpoint(folder: Path, architecture: Architecture = DIGITS, classes: int =
     path = folder / "weights.safetensors"
     save_file(randomise(MetaFormer(architecture, classes), 3).state_dict(), path)
     return path
+
+
+def rehash(package: Path) -> None:
+    """Have the manifest describe the files as they are."""
+    manifest = json.loads((package / MANIFEST).read_text())
+    manifest["files"] = dict(hash_files(package))
+    (package / MANIFEST).write_text(json.dumps(manifest))
 
 
 def run(*arguments: str | Path) -> int:
@@ -173,9 +180,7 @@ def test_verify_sees_weights_that_are_not_those_of_the_graph(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_file(randomise(MetaFormer(DIGITS, 10), 4).state_dict(), copy / "weights.safetensors")
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["files"] = dict(hash_files(copy))
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    rehash(copy)
     assert run("verify", copy) == 2
     assert "the graph is not the network" in capsys.readouterr().err
 
@@ -244,6 +249,52 @@ def test_a_package_is_replaced_only_when_asked(
     assert open_package(copy).manifest.version != version
 
 
+def test_weights_of_a_package_export_to_the_same_network_again(tmp_path: Path) -> None:
+    official = tmp_path / "official.pth"
+    # So small a variance before the norm in the head that 1e-5 and 1e-6 give other logits.
+    state = randomise(MetaFormer(DIGITS, 10), 3).state_dict()
+    state["head.fc.fc1.weight"] *= 0.02
+    state["head.fc.fc1.bias"] *= 0.02
+    torch.save(to_official_layout(state), official)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("export", "caformer_digits", "--checkpoint", official, "--out", first) == 0
+    weights = first / "weights.safetensors"
+    assert run("export", "caformer_digits", "--checkpoint", weights, "--out", second) == 0
+    assert open_package(first).manifest.head_norm_eps == 1e-5
+    assert open_package(second).manifest.head_norm_eps == 1e-5
+    np.testing.assert_array_equal(open_package(first).golden[0], open_package(second).golden[0])
+    third = tmp_path / "third"
+    arguments = ("--checkpoint", weights, "--out", third, "--head-norm-eps", "1e-6")
+    assert run("export", "caformer_digits", *arguments) == 0
+    difference = np.abs(open_package(first).golden[0] - open_package(third).golden[0]).max()
+    assert difference > 1e-3
+
+
+def test_verify_names_a_graph_that_answers_nan(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(copy / "model.onnx")
+    (bias,) = (one for one in model.graph.initializer if one.name.endswith("head.fc.fc2.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(10, np.nan, np.float32), bias.name))
+    onnx.save(model, copy / "model.onnx")
+    rehash(copy)
+    assert run("verify", copy) == 2
+    assert "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk"])
+def test_golden_outputs_that_are_none_are_named(copy: Path, content: bytes) -> None:
+    (copy / "golden.npz").write_bytes(content)
+    with pytest.raises(PackageError, match="holds no golden outputs"):
+        _ = open_package(copy).golden
+
+
+def test_labels_may_begin_with_a_byte_order_mark(copy: Path) -> None:
+    text = "".join(f"{index}\n" for index in range(10))
+    (copy / "labels.txt").write_text(text, "utf-8-sig")
+    assert open_package(copy).labels == tuple("0123456789")
+
+
 def test_a_folder_that_is_no_package_is_never_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +315,9 @@ def test_a_folder_that_is_no_package_is_never_replaced(
         (["caformer_digits", "--labels", "LABELS"], "3 labels for 10 classes"),
         (["caformer_digits", "--input-size", "4"], "at least 16 px"),
         (["caformer_digits", "--crop-pct", "1.5"], "--crop-pct 1.5"),
+        (["caformer_digits", "--std", "0", "1", "1"], "--std 0"),
+        (["caformer_digits", "--name", "my model"], "'my model' cannot be a package's name"),
+        (["caformer_digits", "--version", "1.0 beta"], "'1.0 beta' cannot be a package's name"),
         (["caformer_digits", "--checkpoint", "nowhere.pth"], "no checkpoint file nowhere.pth"),
     ],
 )

@@ -364,7 +364,7 @@ def test_bytes_that_are_no_http_are_told_so_in_the_one_shape(service: RunningSer
         wire = Wire(sock)
         wire.send(b"this is no request\r\n\r\n")
 
-        assert "no HTTP request" in check_error(wire.read_reply(), 400, "bad_request")
+        assert "no valid HTTP" in check_error(wire.read_reply(), 400, "bad_request")
         assert wire.read_end() == b""
 
 
@@ -409,6 +409,54 @@ def test_a_caller_that_stops_sending_is_cut_off(impatient: RunningService, sent:
     with impatient.connect() as sock:
         sock.sendall(sent)
         Wire(sock).read_end()  # fails when nobody closes
+
+
+def test_a_connection_that_rests_is_not_cut_off_by_impatience(impatient: RunningService) -> None:
+    with impatient.connect() as resting, impatient.connect() as silent:
+        wire = Wire(resting)
+        wire.send(http("GET", "/livez"))
+        assert wire.read_reply().status_code == 200
+        Wire(silent).read_end()  # its patience began at the same time and has ended
+
+        wire.send(http("GET", "/livez"))
+        assert wire.read_reply().status_code == 200
+
+
+def test_a_caller_that_does_not_read_its_reply_is_cut_off(impatient: RunningService) -> None:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(WAIT_SECONDS)
+        sock.connect(impatient.address)
+        # Each reply has over a megabyte; together they are more than the kernel holds for us.
+        sock.sendall(http("GET", "/static-offline-docs/swagger-ui-bundle.js") * 20)
+
+        def connections() -> int:
+            return len(impatient.server.server_state.connections)
+
+        impatient.wait_until(lambda: connections() == 2, "both callers are there")
+        impatient.wait_until(lambda: connections() == 1, "the one that does not read is cut off")
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("path", "size", "status", "code"),
+    [
+        ("/classify?top_k=0", 900_000, 400, "bad_request"),
+        ("/classify", 5_000_000, 413, "payload_too_large"),
+        ("/nowhere", 5_000_000, 404, "not_found"),
+    ],
+)
+def test_an_early_refusal_reaches_a_caller_that_closes_after_it(
+    service: RunningService, version: str, path: str, size: int, status: int, code: str
+) -> None:
+    head = (
+        f"POST {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n"
+    )
+    for _ in range(3):  # a reset does not come every time
+        with service.connect() as sock:
+            wire = Wire(sock)
+            wire.send(head.encode() + b"\r\n", bytes(size))
+            check_error(wire.read_reply(), status, code)
 
 
 def test_patience_does_not_end_while_a_request_is_answered() -> None:

@@ -80,7 +80,7 @@ def test_the_three_forms_of_input_are_documented(openapi: dict[str, Any], path: 
 def test_every_error_of_an_image_route_is_documented(openapi: dict[str, Any], path: str) -> None:
     responses = openapi["paths"][path]["post"]["responses"]
     known = {error.code: status for error, status in STATUSES.items()}
-    elsewhere = {"not_found", "method_not_allowed", "stalled"}
+    elsewhere = {"not_found", "method_not_allowed"}
 
     assert set(responses) == {"200"} | {
         str(status) for code, status in known.items() if code not in elsewhere

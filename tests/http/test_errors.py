@@ -99,7 +99,6 @@ def test_statuses_are_those_of_the_contract() -> None:
         "draining": 503,
         "not_ready": 503,
         "backend_unavailable": 503,
-        "stalled": 503,
         "deadline_exceeded": 504,
     }
 
@@ -475,6 +474,23 @@ def test_text_fields_beside_an_image_do_not_count_as_images(service: RunningServ
     fields = {str(index): "x" for index in range(20)}
 
     assert service.client.post("/classify", data=fields, files=parts(grey(0))).status_code == 200
+
+
+@pytest.mark.parametrize("item", ['""', "0", '"data:;base64;base64"'])
+def test_a_list_of_millions_is_refused_before_anything_is_made_of_it(
+    service: RunningService, monkeypatch: pytest.MonkeyPatch, item: str
+) -> None:
+    def touched(_: object) -> None:
+        raise AssertionError("an item was looked at")
+
+    monkeypatch.setattr("app.http.inputs.decode_base64", touched)
+    count = 30_000  # within the body limit of these tests
+    body = '{"images":[' + ",".join([item] * count) + "]}"
+
+    reply = service.client.post(
+        "/classify", content=body, headers={"content-type": "application/json"}
+    )
+    check_error(reply, 413, "payload_too_large")
 
 
 # 503 overloaded, draining, not_ready; 504

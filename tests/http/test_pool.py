@@ -84,6 +84,21 @@ def test_a_job_whose_turn_comes_too_late_is_not_begun(pool: CpuPool) -> None:
     assert begun == []
 
 
+def test_a_deadline_ends_the_wait_though_the_thread_is_busy(pool: CpuPool) -> None:
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        plug = asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS))
+        await until_waiting(pool, 1)
+        with pytest.raises(DeadlineExceeded):
+            await pool.run_admitted(time.monotonic() + 0.01, lambda: None)
+        assert not plug.done()
+        gate.set()
+        await plug
+
+    asyncio.run(scenario())
+
+
 def test_a_cancelled_job_frees_its_place(pool: CpuPool) -> None:
     gate = threading.Event()
     begun: list[int] = []

@@ -121,7 +121,9 @@ def test_a_stalled_backend_is_dead_until_it_moves_again() -> None:
                 lambda: service.client.get("/livez").status_code == 503, "liveness fails"
             )
 
-            assert "nothing completed" in check_error(service.client.get("/livez"), 503, "stalled")
+            assert "nothing completed" in check_error(
+                service.client.get("/livez"), 503, "backend_unavailable"
+            )
             assert service.client.get("/readyz").status_code == 200
             backend.gate.set()
             assert waiting.result(WAIT_SECONDS).status_code == 200

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from examples.digits.data import held_out
-from tests.servers import EMBEDDED, ServiceProcess, service_process
+from tests.servers import EMBEDDED, ServiceProcess, service_process, wait_until
 
 PNG, _ = held_out()[0]
 SLOW = {
@@ -131,6 +131,29 @@ def test_sigterm_under_load_loses_no_admitted_request() -> None:
         httpx.get(f"{service.url}/livez", trust_env=False)
 
 
+def test_admitted_requests_are_answered_after_the_port_has_closed() -> None:
+    env = {**SLOW, "METASERVE_MAX_BATCH_SIZE": "1", "METASERVE_DRAIN_TIMEOUT_S": "60"}
+    with service_process(env) as service, ThreadPoolExecutor(10) as pool:
+        calls = [pool.submit(classify, service) for _ in range(10)]
+        wait_for_queue(service, 8)
+        service.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not listens(service), "the port closes")
+        waiting = [call for call in calls if not call.done()]
+        assert len(waiting) >= 4, "the port closed too late to show anything"
+        assert {call.result(timeout=60).status_code for call in calls} == {200}
+        assert service.wait_exit() == 0
+
+
+def classify(service: ServiceProcess) -> httpx.Response:
+    return httpx.post(f"{service.url}/classify", content=PNG, timeout=60, trust_env=False)
+
+
+def listens(service: ServiceProcess) -> bool:
+    url = httpx.URL(service.url)
+    with socket.socket() as sock:
+        return sock.connect_ex((url.host, url.port or 0)) == 0
+
+
 class Load:
     """Callers that ask again and again until the service says that it is going."""
 
@@ -167,12 +190,7 @@ def test_what_does_not_finish_in_the_drain_timeout_is_refused_not_dropped() -> N
     env |= {"METASERVE_REQUEST_TIMEOUT_MS": "100000"}
     with service_process(env) as service:
         with ThreadPoolExecutor(6) as pool:
-            calls = [
-                pool.submit(
-                    httpx.post, f"{service.url}/classify", content=PNG, timeout=60, trust_env=False
-                )
-                for _ in range(6)
-            ]
+            calls = [pool.submit(classify, service) for _ in range(6)]
             wait_for_queue(service, 5)
             service.process.send_signal(signal.SIGTERM)
             replies = [call.result(timeout=60) for call in calls]
@@ -184,11 +202,12 @@ def test_what_does_not_finish_in_the_drain_timeout_is_refused_not_dropped() -> N
 
 
 def wait_for_queue(service: ServiceProcess, depth: int) -> None:
-    for _ in range(1000):
+    def depth_now() -> float:
         metrics = httpx.get(f"{service.url}/metrics", trust_env=False).text
-        if f"metaserve_queue_depth {depth}.0" in metrics:
-            return
-    raise AssertionError(f"the queue never held {depth} images")
+        (line,) = (one for one in metrics.splitlines() if one.startswith("metaserve_queue_depth "))
+        return float(line.split()[1])
+
+    wait_until(lambda: depth_now() >= depth, f"the queue holds {depth} images")
 
 
 def test_sigterm_while_the_model_loads_ends_with_0() -> None:
@@ -227,3 +246,29 @@ def test_log_lines_are_json_and_one_a_request() -> None:
         service.wait_exit()
         requests = [one for one in service.records if one["message"] == "request"]
         assert [one["path"] for one in requests] == ["/classify"]  # probes are quiet
+
+
+def test_nothing_is_written_to_the_home_directory_and_nothing_sent_out(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with service_process({"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}) as service:
+        assert classify(service).status_code == 200
+        files = sorted(home.rglob("*"))
+        # Listening on its port, and talking to this test: no other socket.
+        sockets = [
+            one
+            for one in Path(f"/proc/{service.process.pid}/fd").iterdir()
+            if one.readlink().name.startswith("socket:")
+        ]
+        service.process.send_signal(signal.SIGTERM)
+        assert service.wait_exit() == 0
+    assert files == []
+    assert len(sockets) <= 5  # the listener, the loop's own pairs, a connection being closed
+
+
+def test_a_package_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "manifest.json").mkdir()
+    with refusing_start({"METASERVE_MODEL": str(tmp_path / "package")}) as (code, sentence):
+        assert code == 2
+        assert "manifest.json cannot be read" in sentence or "no model package" in sentence
