@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import torch
 
-from models.package import golden_images
+from models.golden import golden_images
 from models.serving import ServedModel
 
 # TensorRT's importer misreads one-group norms from 21 on; 20 is the newest before that.

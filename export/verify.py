@@ -10,8 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from models.build import load_served_model
+from models.golden import golden_images
 from models.onnx_runtime import import_onnxruntime
-from models.package import WEIGHTS, Manifest, Package, Verification, golden_images
+from models.package import (
+    WEIGHTS,
+    Manifest,
+    Package,
+    Verification,
+)
 from models.serving import ServedModel
 
 Array = NDArray[np.float32]

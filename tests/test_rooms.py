@@ -22,7 +22,13 @@ PLAN = {
     "app.metrics": {"app.errors", "app.engine.base"},
     "app.backends": {"models", "app.errors", "app.types", "app.settings"},
     "app.images": {"models.package", "app.errors", "app.types"},
-    "app.engine": {"models.package", "app.errors", "app.types", "app.backends.base"},
+    "app.engine": {
+        "models.package",
+        "models.golden",
+        "app.errors",
+        "app.types",
+        "app.backends.base",
+    },
     "app.http": {
         "models.package",
         "app.errors",

@@ -12,7 +12,8 @@ from app.backends.base import Backend
 from app.engine.base import GoldenCheck
 from app.engine.timing import USEFUL_GAIN, ServiceTimes
 from app.types import Batch, Rows
-from models.package import Package, PackageError, golden_images
+from models.golden import golden_images
+from models.package import Package, PackageError
 
 log = logging.getLogger("metaserve.engine")
 

@@ -14,8 +14,9 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from app.http import health, routes
+from app.http.body import LimitBody
 from app.http.errors import install_error_handlers
-from app.http.middleware import CALLER_LEFT, LimitBody, ObserveRequests
+from app.http.middleware import CALLER_LEFT, ObserveRequests
 from app.http.pipeline import CallerLeft
 from app.http.state import ServiceState
 

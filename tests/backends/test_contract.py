@@ -12,7 +12,8 @@ import pytest
 from app.backends.base import Backend
 from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
-from models.package import Package, find_package, golden_images, open_package
+from models.golden import golden_images
+from models.package import Package, find_package, open_package
 
 PATIENCE_SECONDS = 30.0
 

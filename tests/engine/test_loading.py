@@ -12,7 +12,13 @@ from app.backends.fake import FakeBackend
 from app.backends.ort import OnnxRuntimeBackend
 from app.engine.loading import EMBEDDING_TOLERANCE, START_TOLERANCE_FACTOR, check_golden, warm_up
 from app.types import Batch, Rows
-from models.package import Package, PackageError, find_package, golden_images, open_package
+from models.golden import golden_images
+from models.package import (
+    Package,
+    PackageError,
+    find_package,
+    open_package,
+)
 from tests.engine.doubles import ManualClock
 
 Change = Callable[[Rows], None]

@@ -21,13 +21,13 @@ import export.publish
 from app.cli import main
 from export.onnx import export_onnx
 from models.build import load_served_model
+from models.golden import golden_images
 from models.metaformer import MetaFormer
 from models.package import (
     MANIFEST,
     PRETRAINED,
     PackageError,
     find_package,
-    golden_images,
     hash_files,
     open_package,
 )
