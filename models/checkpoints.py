@@ -138,11 +138,11 @@ def unwrap(content: object, *, ema: bool = True) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no mapping of names to tensors in it.
     """
-    for wrapper in WRAPPERS if ema else WRAPPERS_WITHOUT_EMA:
-        inner = content.get(wrapper) if isinstance(content, Mapping) else None
-        if isinstance(inner, Mapping) and inner:
-            content = inner
-            break
+    if isinstance(content, Mapping):
+        inner = [content.get(wrapper) for wrapper in (WRAPPERS if ema else WRAPPERS_WITHOUT_EMA)]
+        wrapped = [one for one in inner if isinstance(one, Mapping)]
+        # An empty average is what a trainer saves that kept none.
+        content = next(filter(None, wrapped), wrapped[0] if wrapped else content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(
             "the file holds no state dict, that is no mapping of names to tensors"

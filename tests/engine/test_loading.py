@@ -200,3 +200,21 @@ def test_a_package_without_golden_outputs_is_refused_in_words(
     bare = Package(tmp_path, package.manifest.model_copy(update={"files": files}))
     with pytest.raises(PackageError, match=r"holds no golden\.npz"):
         check_golden(GoldenBackend(package), bare)
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(9, 64), (11, 64), (10, 63)])
+def test_a_graph_of_other_widths_than_the_golden_outputs_is_refused(
+    package: Package, classes: int, dim: int
+) -> None:
+    backend = FakeBackend(package.manifest.input.size, classes, dim)
+    with pytest.raises(PackageError, match="answers with shapes"):
+        check_golden(backend, package)
+
+
+def test_a_graph_that_cannot_be_run_is_refused_in_one_sentence(package: Package) -> None:
+    class Broken(FakeBackend):
+        def run(self, batch: Batch) -> Rows:
+            raise RuntimeError("the axes do not fit\nand more about it")
+
+    with pytest.raises(PackageError, match="cannot be run on .*: the axes do not fit$"):
+        check_golden(Broken(package.manifest.input.size), package)

@@ -130,6 +130,7 @@ WRAPPED: dict[str, tuple[dict[str, object], State, State]] = {
     "model_ema": ({"model": TIMM, "model_ema": EMA}, EMA, TIMM),
     "model_ema beside state_dict": ({"state_dict": TIMM, "model_ema": EMA}, EMA, TIMM),
     "no average kept": ({"state_dict": TIMM, "state_dict_ema": None}, TIMM, TIMM),
+    "an empty average": ({"state_dict": TIMM, "state_dict_ema": {}}, TIMM, TIMM),
     "official": ({"state_dict": OFFICIAL}, TIMM, TIMM),
     "ordered": ({"state_dict": OrderedDict(TIMM)}, TIMM, TIMM),
 }
