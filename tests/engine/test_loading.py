@@ -216,5 +216,5 @@ def test_a_graph_that_cannot_be_run_is_refused_in_one_sentence(package: Package)
         def run(self, batch: Batch) -> Rows:
             raise RuntimeError("the axes do not fit\nand more about it")
 
-    with pytest.raises(PackageError, match="cannot be run on .*: the axes do not fit$"):
+    with pytest.raises(PackageError, match=r"cannot be run on .*: the axes do not fit$"):
         check_golden(Broken(package.manifest.input.size), package)
