@@ -25,6 +25,8 @@ Codes are stable and the same on the wire; statuses stand in `http/errors.py` al
 
 from __future__ import annotations
 
+DRAINING = "the service is stopping; send the request to another instance"
+
 
 class ServiceError(Exception):
     """An error with a stable code and a sentence for the caller."""
@@ -114,9 +116,6 @@ class Overloaded(Refused):
     code = "overloaded"
 
 
-DRAINING = "the service is stopping; send the request to another instance"
-
-
 class NotReady(Refused):
     """The model is still loading."""
 
@@ -149,3 +148,8 @@ class InferenceFailed(ServiceError):
 
 class StartupError(Exception):
     """The service or a command cannot start; the message is one sentence that says what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library said, or the error's class where it said nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import queue
 import sys
+import threading
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TextIO
 
 import orjson
 
@@ -46,10 +50,74 @@ class TextFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
+class BackgroundHandler(logging.Handler):
+    """Hands finished lines to a thread that writes them, so that nobody waits for a reader.
+
+    A pipe whose reader has stopped blocks its writer; requests, probes and the end of the process
+    must not wait for it. Lines beyond `capacity` are dropped, and how many is said when there is
+    room again.
+    """
+
+    def __init__(self, stream: TextIO, capacity: int = 10_000) -> None:
+        super().__init__()
+        self._stream = stream
+        self._lines: queue.Queue[str | threading.Event | None] = queue.Queue(capacity)
+        self._dropped = 0
+        self._writer = threading.Thread(target=self._write, name="logs", daemon=True)
+        self._writer.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a record."""
+        try:
+            line = self.format(record)
+            if self._dropped:
+                line += f"\n{self._dropped} log lines were dropped: their reader did not keep up"
+            self._lines.put_nowait(line)
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += 1
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Wait until everything so far is written, for at most a second."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(written)
+            written.wait(1.0)
+
+    def close(self) -> None:
+        """Write what waits, for at most a second, and end the thread."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._writer.join(1.0)
+        super().close()
+
+    def _write(self) -> None:
+        while (item := self._lines.get()) is not None:
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                self._write_line(item + "\n")
+
+    def _write_line(self, line: str) -> None:
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError):  # a stream in memory
+            self._stream.write(line)
+            return
+        # Past the stream's buffer, whose lock a blocked writer would hold when the process ends.
+        rest = memoryview(line.encode("utf-8", "backslashreplace"))
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
 def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:
     """Send every log line of the process to standard error in one form."""
-    handler = logging.StreamHandler(sys.stderr)
-    as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
+    stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it stays open to the end
+    handler = BackgroundHandler(stream)
+    as_text = log_format == "text" or (log_format == "auto" and stream.isatty())
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)

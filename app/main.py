@@ -68,9 +68,9 @@ def serve(settings: Settings) -> int:
     server.run(sockets=[listener])
     if failures:
         raise StartupError(failures[0])
-    if any(thread.name.startswith(("load", "engine-")) for thread in threading.enumerate()):
-        # Still loading, or a batch that hangs: their native code must not meet an interpreter
-        # that is being taken down.
+    if any(thread.name.startswith(("load", "engine-", "cpu")) for thread in threading.enumerate()):
+        # Still loading, a batch that hangs, a long decode: their native code must not meet an
+        # interpreter that is being taken down.
         logging.shutdown()
         os._exit(0)
     return 0

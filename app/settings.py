@@ -18,7 +18,7 @@ PREFIX = "METASERVE_"
 
 def _as_number(value: object) -> object:
     """Turn digits into a number: a Literal does not, and variables are texts."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
 
 
 class Settings(BaseSettings):
@@ -158,8 +158,9 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
         if not name.upper().startswith(PREFIX):
             continue
         own = name.upper().removeprefix(PREFIX)  # compared alone: with its prefix all look alike
-        if own not in known or environment[name].startswith("tcp://"):
-            if own.startswith(("SERVICE_", "PORT_")) or own == "PORT":
+        is_link = own == "PORT" and environment[name].startswith("tcp://")
+        if own not in known or is_link:
+            if is_link or own.startswith(("SERVICE_", "PORT_")):
                 raise StartupError(
                     f"{name} is not ours: Kubernetes sets it for a Service named metaserve; put "
                     "enableServiceLinks: false into the Pod's spec"

@@ -92,6 +92,9 @@ def run_export(arguments: argparse.Namespace) -> int:
         architecture.check_input_size(input_spec.size)
     except ValueError as error:
         return _refuse(error)
+    eps = arguments.head_norm_eps
+    if eps is not None and not 0 < eps < 1:
+        return _refuse(f"--head-norm-eps {eps} is no small positive number; 1e-6 is usual")
     variant = arguments.variant.removeprefix("timm/")
     request = ExportRequest(
         variant=variant,
@@ -102,7 +105,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         version=arguments.version,
         labels=arguments.labels,
-        head_norm_eps=arguments.head_norm_eps,
+        head_norm_eps=eps,
         ema=not arguments.no_ema,
         weights=not arguments.no_weights,
         overwrite=arguments.overwrite,

@@ -93,6 +93,7 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
         ValueError: the architecture does not run at this input size.
     """
     out = request.out.absolute()
+    out = out.resolve()
     for name in (request.name or out.name, request.version or "1"):
         check_name(name)
     if out.exists() and not request.overwrite:
@@ -131,7 +132,7 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
     verification = compare(folder / MODEL, request.input.size, reference)
     judge(verification)
     manifest = Manifest(
-        name=request.name or request.out.name,
+        name=request.name or request.out.resolve().name,
         version=request.version or checkpoint.sha256[:12],
         variant=request.variant,
         architecture=ArchitectureSpec(**asdict(request.architecture)),

@@ -64,7 +64,10 @@ def onnx_runner(path: Path) -> tuple[Callable[[NDArray[np.uint8]], Answers], str
         raise VerificationError(f"onnxruntime cannot load {path}: {error}") from error
 
     def run(images: NDArray[np.uint8]) -> Answers:
-        logits, embedding = session.run(["logits", "embedding"], {"images": images})
+        try:
+            logits, embedding = session.run(["logits", "embedding"], {"images": images})
+        except Exception as error:
+            raise VerificationError(f"onnxruntime cannot run {path}: {error}") from error
         return logits, embedding
 
     return run, f"onnxruntime {ort.__version__} CPUExecutionProvider"
@@ -82,6 +85,9 @@ def compare(path: Path, input_size: int, reference: Answers) -> Verification:
     logits, embedding = reference
     if not all(np.isfinite(array).all() for pair in answers for array in pair):
         raise VerificationError(f"{path} answers with values that are not finite; export it again")
+    shapes = {(left.shape, right.shape) for left, right in answers}
+    if shapes != {(logits.shape, embedding.shape)}:
+        raise VerificationError(f"{path} answers with shapes {shapes}, not those of the network")
     difference = np.stack([np.abs(actual - logits) for actual, _ in answers])
     distance = np.stack([cosine_distance(actual, embedding) for _, actual in answers])
     agreement = np.stack([actual.argmax(1) == logits.argmax(1) for actual, _ in answers])

@@ -126,10 +126,15 @@ def _stated_eps(path: Path) -> float | None:
 
     with safe_open(path, "pt") as file:
         stated = (file.metadata() or {}).get(EPS_KEY)
+    if stated is None:
+        return None
     try:
-        return None if stated is None else float(stated)
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} states a head_norm_eps that is no number") from error
+        eps = float(stated)
+    except ValueError:
+        eps = 0.0
+    if not 0 < eps < 1:
+        raise CheckpointError(f"{path.name} states {stated[:40]!r} as head_norm_eps")
+    return eps
 
 
 def unwrap(content: object, *, ema: bool = True) -> dict[str, Tensor]:

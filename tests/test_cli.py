@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,7 @@ import pytest
 
 from app.cli import main
 from models.variants import CHECKPOINTS
-from tests.servers import running_service
+from tests.servers import EMBEDDED, running_service
 
 IMAGES = Path(__file__).parents[1] / "examples/images"
 
@@ -63,6 +64,21 @@ def test_a_bad_image_among_good_ones_is_named_and_the_others_are_answered(
     first, second = captured.err.splitlines()
     assert first.startswith(f"metaserve: {bad}: ")
     assert second.startswith(f"metaserve: {tmp_path / 'missing.png'}: cannot be read: No such file")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "labels.txt"])
+def test_a_damaged_package_is_not_answered_from(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = Path(shutil.copytree(EMBEDDED, tmp_path / "package"))
+    content = bytearray((package / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (package / name).write_bytes(content)
+    image = str(IMAGES / "scan_three.png")
+    assert main(["classify", "--model", str(package), image]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{name} is not the file the manifest describes" in captured.err
 
 
 @pytest.mark.parametrize("top_k", ["0", "-1", "x"])

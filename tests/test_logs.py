@@ -31,6 +31,8 @@ def restored_logging() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     levels = {name: logging.getLogger(name).level for name in names}
     yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
@@ -250,6 +252,7 @@ def test_auto_is_json_where_there_is_no_terminal(
 
     logging.getLogger("metaserve").info("hello %s", "world")
     logging.getLogger("metaserve").debug("too quiet")
+    logging.root.handlers[0].flush()
 
     written = capsys.readouterr()
     assert written.out == ""

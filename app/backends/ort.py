@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.backends.base import BackendInfo
-from app.errors import StartupError
+from app.errors import StartupError, first_line
 from app.types import Batch, Rows
 from models.onnx_runtime import import_onnxruntime
 from models.package import Package
@@ -37,7 +37,7 @@ class OnnxRuntimeBackend:
         _refuse_two_distributions()
         try:
             ort = import_onnxruntime()
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise StartupError(
                 "the onnxruntime backend needs the package onnxruntime; "
                 "install metaserve[cpu] or metaserve[gpu]"
@@ -59,7 +59,7 @@ class OnnxRuntimeBackend:
             )
         except Exception as error:  # the library raises bare RuntimeErrors of its own making
             raise StartupError(
-                f"onnxruntime cannot load {package.model_path} on {chosen}: {_first_line(error)}"
+                f"onnxruntime cannot load {package.model_path} on {chosen}: {first_line(error)}"
             ) from error
         running = self._session.get_providers()[0]
         if running != chosen:
@@ -119,7 +119,3 @@ def _refuse_two_distributions() -> None:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
             "uninstall both, then install one"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from app.backends.base import BackendInfo
 from app.errors import StartupError
 from app.types import Batch, Rows
-from models.package import Package
+from models.package import Package, PackageError
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -23,7 +23,7 @@ class TorchBackend:
 
     Raises:
         StartupError: torch or the device asked for is missing.
-        PackageError: the package holds no weights.
+        PackageError: the package holds no weights, or others than its manifest describes.
     """
 
     def __init__(self, package: Package, device: Device, threads: int) -> None:
@@ -34,11 +34,12 @@ class TorchBackend:
         try:
             import safetensors  # noqa: F401
             import torch
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise StartupError(
                 "the torch backend needs torch and safetensors; install metaserve[torch]"
             ) from error
         from models.build import load_served_model
+        from models.checkpoints import CheckpointError
 
         if device == "cuda" and not torch.cuda.is_available():
             raise StartupError(
@@ -49,7 +50,10 @@ class TorchBackend:
         self._device = torch.device("cuda:0" if use_cuda else "cpu")
         self._torch = torch
         torch.set_num_threads(threads)
-        self._model: Any = load_served_model(package).to(self._device)
+        try:
+            self._model: Any = load_served_model(package).to(self._device)
+        except CheckpointError as error:
+            raise PackageError(f"{package.path}: {error}; export the package again") from error
         manifest = package.manifest
         self.info = BackendInfo(
             name="torch",

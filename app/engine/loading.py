@@ -11,6 +11,7 @@ import numpy as np
 from app.backends.base import Backend
 from app.engine.base import GoldenCheck
 from app.engine.timing import USEFUL_GAIN, ServiceTimes
+from app.errors import first_line
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package, PackageError
@@ -45,7 +46,7 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
         singles = [backend.run(images[i : i + 1]) for i in range(len(images))]
     except Exception as error:  # each library has errors of its own
         raise PackageError(
-            f"{package.path} cannot be run on {backend.info.runtime}: {str(error).splitlines()[0]}"
+            f"{package.path} cannot be run on {backend.info.runtime}: {first_line(error)}"
         ) from error
     found_shapes = together.logits.shape, together.embedding.shape
     if found_shapes != (logits.shape, embedding.shape):
@@ -68,7 +69,7 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
         ),
         (
             "embeddings differ, relative to their length,",
-            float(np.max(apart / np.linalg.norm(embedding, axis=1))),
+            float(np.max(apart / np.linalg.norm(embedding, axis=1).clip(1e-30))),
             EMBEDDING_TOLERANCE,
         ),
     ):

@@ -21,7 +21,7 @@ class Request:
         pixels: uint8 (S, S, 3).
         deadline: absolute seconds of the engine's clock.
         enqueued_at: likewise.
-        reply: receives the answer, exactly once.
+        reply: receives the answer, exactly once; never for a caller that left while it waited.
         gone: the caller left; nobody waits for the answer.
         answered: the answer was given.
     """

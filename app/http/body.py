@@ -51,7 +51,8 @@ class _WatchedBody:
         self._timeout_seconds = state.settings.receive_timeout_ms / 1000
         # The server refuses a length that is no number.
         self._announced = int(length) if length.isdecimal() else 0
-        self._closes = scope["http_version"] == "1.0" or "close" in headers.get("connection", "")
+        connection = ",".join(headers.getlist("connection")).lower()
+        self._closes = scope["http_version"] == "1.0" or "close" in connection
         self._waits_for_leave = headers.get("expect", "").lower() == "100-continue"
         self._is_complete = False
         self._is_late = False

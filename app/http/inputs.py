@@ -48,13 +48,14 @@ LARGE_JSON_BYTES = 100_000
 
 
 async def read_inputs(
-    request: Request, pool: CpuPool, *, body_limit: int, max_images: int
+    request: Request, pool: CpuPool, *, deadline: float, body_limit: int, max_images: int
 ) -> Inputs:
     """Read the body.
 
     Args:
         request: whose body nobody has read.
         pool: for large JSON.
+        deadline: absolute `time.monotonic()` seconds.
         body_limit: bytes that the body may have.
         max_images: how many images it may hold.
 
@@ -62,18 +63,18 @@ async def read_inputs(
         BadRequest: no image in it, or not shaped as its content type says.
         BodyTooLarge: more bytes than `body_limit`, or more images than `max_images`.
         ReceiveTimeout: it did not arrive in time.
+        Overloaded: large JSON would wait too long for a thread.
+        DeadlineExceeded: it did.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         inputs = await _read_multipart(request, body_limit, max_images)
     elif content_type == "application/json" or content_type.endswith("+json"):
         body = await request.body()
-        is_large = len(body) > LARGE_JSON_BYTES
-        inputs = (
-            await pool.run(_read_json, body, max_images)
-            if is_large
-            else _read_json(body, max_images)
-        )
+        if len(body) > LARGE_JSON_BYTES:
+            inputs = await pool.run_admitted(deadline, _read_json, body, max_images)
+        else:
+            inputs = _read_json(body, max_images)
     else:
         inputs = Inputs([await request.body()], several=False)
     if inputs.items == [b""]:

@@ -12,7 +12,7 @@ import time
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import DRAINING, Draining, ServiceError
+from app.errors import DRAINING, Draining, Overloaded, ServiceError
 from app.http.context import PROBES, RequestContext, new_context
 from app.http.errors import error_response
 from app.http.state import ServiceState
@@ -59,6 +59,14 @@ class ObserveRequests:
             if status == CALLER_LEFT:
                 refusal = Draining(DRAINING)
                 await error_response(refusal, context.request_id)(scope, receive, send_marked)
+        except MemoryError:
+            log.error("request %s found too little memory", context.request_id)
+            context.error_code = Overloaded.code
+            if status == CALLER_LEFT:
+                short = Overloaded("the service is short of memory; send the request again later")
+                overload_status = self._state.settings.overload_status
+                response = error_response(short, context.request_id, overload_status)
+                await response(scope, receive, send_marked)
         except Exception:
             log.exception("request %s hit a fault of ours", context.request_id)
             context.error_code = ServiceError.code

@@ -19,9 +19,6 @@ from app.types import Pixels, Row
 
 T = TypeVar("T")
 
-# Of one request; the others wait outside the queues, so that other callers come in between.
-IMAGES_AT_ONCE = 32
-
 
 class CallerLeft(Exception):
     """The caller closed the connection; nobody is left to answer."""
@@ -74,15 +71,24 @@ class Pipeline:
             ServiceError: when no image was answered and none of them is to blame: the request as
                 a whole was refused or late.
         """
-        turns = asyncio.Semaphore(IMAGES_AT_ONCE)
-        outcomes = await asyncio.gather(*(self._outcome(item, turns) for item in items))
+        # Two batches keep the backend busy; a request with more images than that waits for itself
+        # and is not refused for it.
+        places = asyncio.Semaphore(2 * self._model.max_batch_size)
+        # One decode a thread: the images of other callers come in between.
+        turns = asyncio.Semaphore(self._state.pool.threads)
+        tasks = [asyncio.ensure_future(self._outcome(item, places, turns)) for item in items]
+        try:
+            outcomes = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one hit a fault of ours, or the caller left
+                task.cancel()
         first = outcomes[0]
         refused = (Refused, DeadlineExceeded)
         if isinstance(first, refused) and all(isinstance(other, refused) for other in outcomes):
             raise first
         return list(outcomes)
 
-    async def answer(self, item: Item) -> Answered:
+    async def _answer(self, item: Item, turns: asyncio.Semaphore) -> Answered:
         """Answer one image.
 
         Raises:
@@ -90,9 +96,10 @@ class Pipeline:
         """
         if isinstance(item, BadRequest):
             raise item
-        self.check_admission()
-        started_at = time.monotonic()
-        pixels = await self._state.pool.run_admitted(self._deadline, self._read, item)
+        async with turns:
+            self._model.engine.check_admission(self._deadline)
+            started_at = time.monotonic()
+            pixels = await self._state.pool.run_admitted(self._deadline, self._read, item)
         decode_seconds = time.monotonic() - started_at
         row = await self._model.engine.infer(pixels, deadline=self._deadline)
         stages = self._state.metrics.stage_duration
@@ -101,10 +108,12 @@ class Pipeline:
         stages["inference"].observe(row.inference_seconds)
         return Answered(row, decode_seconds)
 
-    async def _outcome(self, item: Item, turns: asyncio.Semaphore) -> Outcome:
+    async def _outcome(
+        self, item: Item, places: asyncio.Semaphore, turns: asyncio.Semaphore
+    ) -> Outcome:
         try:
-            async with turns:
-                return await self.answer(item)
+            async with places:
+                return await self._answer(item, turns)
         except ServiceError as error:
             return error
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from app.errors import DeadlineExceeded, Overloaded
@@ -34,9 +36,13 @@ class CpuPool:
         self._budget_seconds = budget_seconds
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="cpu")
         self._pending = 0  # touched by the event loop alone
-        self._mean_seconds = (
-            0.0  # of a job; two threads may overwrite each other, it is an estimate
-        )
+        # Of a job. Two threads may overwrite each other's: it is an estimate.
+        self._mean_seconds = 0.0
+
+    @property
+    def threads(self) -> int:
+        """How many jobs run at once."""
+        return self._threads
 
     def wait_seconds(self) -> float:
         """Return how long a job that came now would wait for a thread."""
@@ -51,11 +57,14 @@ class CpuPool:
 
         Raises:
             Overloaded: the predicted wait is over the budget, or beyond the deadline.
+            DeadlineExceeded: the deadline has passed.
         """
-        wait = self.wait_seconds()
-        allowed = min(self._budget_seconds, deadline - time.monotonic())
-        if self._pending and wait > allowed:
-            raise _overloaded(wait - allowed)
+        time_left = deadline - time.monotonic()
+        if time_left <= 0:
+            raise DeadlineExceeded(LATE)
+        excess = self.wait_seconds() - min(self._budget_seconds, time_left)
+        if self._pending and excess > 0:
+            raise _overloaded(excess)
 
     async def run_admitted(
         self, deadline: float, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -70,34 +79,45 @@ class CpuPool:
         submitted_at = time.monotonic()
 
         def unless_late() -> T:
-            now = time.monotonic()
-            if now >= deadline:
-                raise DeadlineExceeded(LATE)
-            if now - submitted_at > self._budget_seconds:
+            started_at = time.monotonic()
+            if started_at - submitted_at > self._budget_seconds:
                 raise _overloaded(self._budget_seconds)
             try:
                 return job(*args, **kwargs)
             finally:
-                self._mean_seconds += SMOOTHING * (time.monotonic() - now - self._mean_seconds)
+                seconds = time.monotonic() - started_at
+                self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
 
         try:
-            async with asyncio.timeout(deadline - time.monotonic()):
+            async with asyncio.timeout(deadline - submitted_at):
                 return await self.run(unless_late)
         except TimeoutError:
             raise DeadlineExceeded(LATE) from None
 
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a job when a thread is free."""
+        """Run a job when a thread is free; one that is cancelled before never begins."""
         loop = asyncio.get_running_loop()
-        self._pending += 1
-        try:
-            return await loop.run_in_executor(self._executor, lambda: job(*args, **kwargs))
-        finally:
-            self._pending -= 1
 
-    def close(self) -> None:
-        """Wait for running jobs and end the threads; what has not begun never will."""
-        self._executor.shutdown(cancel_futures=True)
+        def ended(_: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(self._end)
+
+        self._pending += 1
+        future = self._executor.submit(job, *args, **kwargs)
+        # Not when the caller is done with it: a job that runs keeps its thread to the end.
+        future.add_done_callback(ended)
+        return await asyncio.wrap_future(future)
+
+    def close(self, timeout_seconds: float = 1.0) -> None:
+        """End the threads; what has not begun never will, what runs is given some time."""
+        closing = threading.Thread(
+            target=self._executor.shutdown, kwargs={"cancel_futures": True}, daemon=True
+        )
+        closing.start()
+        closing.join(timeout_seconds)
+
+    def _end(self) -> None:
+        self._pending -= 1
 
 
 def _overloaded(excess_seconds: float) -> Overloaded:

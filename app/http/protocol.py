@@ -49,6 +49,7 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._stop_watching()
+        self._unstick()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -59,10 +60,13 @@ class PatientProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         """The caller reads on."""
-        if self._stuck is not None:
-            self._stuck.cancel()
-            self._stuck = None
+        self._unstick()
         super().resume_writing()
+
+    def shutdown(self) -> None:
+        """Close when the server stops: at once where nothing is under way."""
+        super().shutdown()
+        self._watch()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that rested; one that never took its last reply is cut off."""
@@ -76,6 +80,9 @@ class PatientProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()  # an answer is under way or given: there is no room for another
             return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # its answer has no place behind this one
+            self.cycle.message_event.set()
         error = BadRequest("what was sent is no valid HTTP/1.1 request, or its head is over 64 KiB")
         request_id = secrets.token_hex(16)
         fields = {
@@ -105,10 +112,16 @@ class PatientProtocol(H11Protocol):
         is_sending = self.conn.their_state is h11.SEND_BODY or bool(self.conn.trailing_data[0])
         # A connection that rests between two requests is uvicorn's to close.
         is_resting = self.cycle is not None and not is_sending
-        if is_answering or is_resting or self.transport.is_closing():
+        # One that is being closed has yet to take its last reply.
+        if (is_answering or is_resting) and not self.transport.is_closing():
             self._stop_watching()
         elif self._patience is None:
             self._patience = self.loop.call_later(self.patience_seconds, self.transport.abort)
+
+    def _unstick(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
     def _stop_watching(self) -> None:
         if self._patience is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.errors import DeadlineExceeded
 from app.http import schemas
 from app.http.context import RequestContext
 from app.http.deps import ContextDep, DeadlineDep, StateDep, require_api_key
@@ -189,9 +192,17 @@ async def _answer(
     pipeline = Pipeline(state, state.model(), deadline)
     pipeline.check_admission()  # what cannot be answered need not be sent
     settings = state.settings
-    inputs = await read_inputs(
-        request, state.pool, body_limit=settings.body_limit_bytes, max_images=settings.max_images
-    )
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            inputs = await read_inputs(
+                request,
+                state.pool,
+                deadline=deadline,
+                body_limit=settings.body_limit_bytes,
+                max_images=settings.max_images,
+            )
+    except TimeoutError:
+        raise DeadlineExceeded("the deadline passed before the body had arrived") from None
     context.images = len(inputs.items)
     outcomes = await unless_caller_leaves(request, pipeline.answer_all(inputs.items))
     note_outcomes(context, outcomes)

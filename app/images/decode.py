@@ -30,7 +30,6 @@ from app.errors import (
     BadAspect,
     ImageTooLarge,
     InvalidInput,
-    Overloaded,
     UndecodableImage,
     UnsupportedFormat,
 )
@@ -134,7 +133,7 @@ def decode_image(
         UndecodableImage: damaged or cut short.
         ImageTooLarge: more than `max_pixels`.
         BadAspect: one side more than `MAX_ASPECT` times the other.
-        Overloaded: there is no memory for it now.
+        MemoryError: there is no memory for it now.
     """
     kind = _identify(data)
     limit = min(max_pixels, MAX_PIXELS_CEILING)
@@ -148,12 +147,8 @@ def decode_image(
             image.load()
             rgb = _to_rgb(image, rawmode)
             return RGBImage(_upright(rgb, image) if exif_orientation else rgb)
-    except InvalidInput:
+    except (InvalidInput, MemoryError):  # within `max_pixels` it is our memory that is short
         raise
-    except MemoryError as error:  # within `max_pixels` it is our memory that is short
-        raise Overloaded(
-            "the service is short of memory for this image; send it again later"
-        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(_too_large(limit)) from error
     except Exception as error:  # on hostile bytes Pillow's plugins raise almost anything

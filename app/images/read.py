@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from app.errors import Overloaded
 from app.images.decode import decode_image
 from app.images.prepare import needed_size, prepare_image
 from app.types import Pixels
@@ -32,11 +33,17 @@ def read_image(
 
     Raises:
         InvalidInput: the image cannot be used; see `decode_image`.
+        Overloaded: there is no memory for it now.
     """
-    image = decode_image(
-        data,
-        max_pixels=max_pixels,
-        exif_orientation=exif_orientation,
-        draft_size=needed_size(spec) if decode == "scaled" else None,
-    )
-    return prepare_image(image, spec)
+    try:
+        image = decode_image(
+            data,
+            max_pixels=max_pixels,
+            exif_orientation=exif_orientation,
+            draft_size=needed_size(spec) if decode == "scaled" else None,
+        )
+        return prepare_image(image, spec)
+    except MemoryError as error:
+        raise Overloaded(
+            "the service is short of memory for this image; send it again later"
+        ) from error

@@ -316,6 +316,8 @@ def test_a_folder_that_is_no_package_is_never_replaced(
         (["caformer_digits", "--input-size", "4"], "at least 16 px"),
         (["caformer_digits", "--crop-pct", "1.5"], "--crop-pct 1.5"),
         (["caformer_digits", "--std", "0", "1", "1"], "--std 0"),
+        (["caformer_digits", "--head-norm-eps", "0"], "--head-norm-eps 0"),
+        (["caformer_digits", "--head-norm-eps", "nan"], "--head-norm-eps nan"),
         (["caformer_digits", "--name", "my model"], "'my model' cannot be a package's name"),
         (["caformer_digits", "--version", "1.0 beta"], "'1.0 beta' cannot be a package's name"),
         (["caformer_digits", "--checkpoint", "nowhere.pth"], "no checkpoint file nowhere.pth"),

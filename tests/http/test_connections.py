@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -293,6 +294,8 @@ GARBAGE = [
     b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
     b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
     b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /livez HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     + b"f" * 40
     + b"\r\n",
@@ -416,7 +419,9 @@ def test_a_connection_that_rests_is_not_cut_off_by_impatience(impatient: Running
         wire = Wire(resting)
         wire.send(http("GET", "/livez"))
         assert wire.read_reply().status_code == 200
-        Wire(silent).read_end()  # its patience began at the same time and has ended
+        Wire(silent).read_end()
+        with impatient.connect() as another:  # began after the other's reply, and is cut off too
+            Wire(another).read_end()
 
         wire.send(http("GET", "/livez"))
         assert wire.read_reply().status_code == 200
@@ -437,7 +442,15 @@ def test_a_caller_that_does_not_read_its_reply_is_cut_off(impatient: RunningServ
         impatient.wait_until(lambda: connections() == 1, "the one that does not read is cut off")
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("version", "headers"),
+    [
+        ("1.0", ""),
+        ("1.1", "Connection: close\r\n"),
+        ("1.1", "Connection: Close\r\n"),
+        ("1.1", "Connection: keep-alive\r\nConnection: close\r\n"),
+    ],
+)
 @pytest.mark.parametrize(
     ("path", "size", "status", "code"),
     [
@@ -447,16 +460,62 @@ def test_a_caller_that_does_not_read_its_reply_is_cut_off(impatient: RunningServ
     ],
 )
 def test_an_early_refusal_reaches_a_caller_that_closes_after_it(
-    service: RunningService, version: str, path: str, size: int, status: int, code: str
+    service: RunningService,
+    version: str,
+    headers: str,
+    path: str,
+    size: int,
+    status: int,
+    code: str,
 ) -> None:
-    head = (
-        f"POST {path} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}\r\n"
-    )
+    head = f"POST {path} HTTP/{version}\r\nHost: x\r\n{headers}Content-Length: {size}\r\n"
     for _ in range(3):  # a reset does not come every time
         with service.connect() as sock:
             wire = Wire(sock)
             wire.send(head.encode() + b"\r\n", bytes(size))
             check_error(wire.read_reply(), status, code)
+
+
+def test_a_body_that_drips_does_not_outlast_the_receive_timeout(impatient: RunningService) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+        pause = threading.Event()
+        for _ in range(400):  # twenty seconds of it
+            try:
+                sock.sendall(b"x")
+            except OSError:
+                break
+            if select.select([sock], [], [], 0)[0]:
+                break
+            pause.wait(0.05)
+
+        check_error(Wire(sock).read_reply(), 408, "receive_timeout")
+
+
+@pytest.mark.parametrize("busy", ["engine", "pool"])
+def test_what_cannot_be_answered_need_not_be_sent(busy: str) -> None:
+    backend = WatchedBackend(gate_open=False)
+    gate = threading.Event()
+    with (
+        running_service(
+            backend, batch_seconds={1: 100.0, 8: 100.0}, queue_budget_ms=10, threads=1
+        ) as running,
+        running.connect() as first,
+        running.connect() as sock,
+    ):
+        if busy == "engine":
+            first.sendall(http("POST", "/classify", grey(255)))
+            backend.wait_for_batches(1)
+        else:
+            pool = running.state.pool
+            pool._mean_seconds = 100.0
+            pool._executor.submit(gate.wait, WAIT_SECONDS)
+            pool._pending += 1
+        sock.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+
+        check_error(Wire(sock).read_reply(), 503, "overloaded")
+        gate.set()
+        backend.gate.set()
 
 
 def test_patience_does_not_end_while_a_request_is_answered() -> None:

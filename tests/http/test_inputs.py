@@ -216,3 +216,14 @@ def test_models_says_what_answers(real: RunningService) -> None:
     expected |= {"precision": "fp32", "device": "cpu", "variant": "caformer_digits"}
     assert {key: content[key] for key in expected} == expected
     assert content["proof"]["batch_dependence"] == 0
+
+
+def test_a_lone_request_with_many_images_is_not_refused_for_its_own_sake() -> None:
+    images = [grey(level % 256, side=8) for level in range(40)]
+    # The engine believes in half a second a batch of two, and a queue of one second.
+    with running_service(
+        batch_seconds={1: 0.5, 2: 0.5}, max_batch_size=2, queue_budget_ms=1000
+    ) as service:
+        results = service.client.post("/classify", files=parts(*images)).json()["results"]
+
+    assert [result for result in results if "error" in result] == []

@@ -63,25 +63,92 @@ def test_a_job_that_would_wait_too_long_is_refused_at_once(pool: CpuPool) -> Non
     asyncio.run(scenario())
 
 
-def test_a_job_whose_turn_comes_too_late_is_not_begun(pool: CpuPool) -> None:
+def test_a_job_that_has_waited_beyond_the_budget_is_not_begun() -> None:
+    pool = CpuPool(threads=1, budget_seconds=0.05)
     gate = threading.Event()
     begun: list[int] = []
 
     async def scenario() -> None:
         plug = asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS))
         await until_waiting(pool, 1)
-        deadline = time.monotonic() + 0.01
-        late = asyncio.create_task(pool.run_admitted(deadline, begun.append, 1))
+        submitted_at = time.monotonic()
+        late = asyncio.create_task(pool.run_admitted(FAR, begun.append, 1))
         await until_waiting(pool, 2)
-        while time.monotonic() < deadline:
+        while time.monotonic() <= submitted_at + 0.06:
             await asyncio.sleep(0)
         gate.set()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(Overloaded):
             await late
         await plug
 
     asyncio.run(scenario())
+    pool.close()
     assert begun == []
+
+
+def test_a_passed_deadline_is_told_as_one_whether_the_pool_is_busy_or_not(pool: CpuPool) -> None:
+    gate = threading.Event()
+
+    async def scenario() -> None:
+        with pytest.raises(DeadlineExceeded):
+            pool.check_admission(time.monotonic() - 1)
+        plug = asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS))
+        await until_waiting(pool, 1)
+        with pytest.raises(DeadlineExceeded):
+            pool.check_admission(time.monotonic() - 1)
+        gate.set()
+        await plug
+
+    asyncio.run(scenario())
+
+
+def test_threads_work_side_by_side_and_share_the_wait() -> None:
+    pool = CpuPool(threads=2, budget_seconds=10)
+    both = threading.Barrier(3, timeout=WAIT_SECONDS)
+    gate = threading.Event()
+
+    def meet() -> None:
+        both.wait()
+        gate.wait(WAIT_SECONDS)
+
+    async def scenario() -> None:
+        learn(pool, 0.4)
+        jobs = [asyncio.create_task(pool.run(meet)) for _ in range(2)]
+        await asyncio.to_thread(both.wait)  # fails where the two do not run at once
+        assert pool.wait_seconds() == pytest.approx(1 * 0.4 / 2)  # the next thread to be free
+        more = [asyncio.create_task(pool.run(gate.wait, WAIT_SECONDS)) for _ in range(2)]
+        await until_waiting(pool, 4)
+        assert pool.wait_seconds() == pytest.approx(3 * 0.4 / 2)
+        gate.set()
+        await asyncio.gather(*jobs, *more)
+
+    asyncio.run(scenario())
+    pool.close()
+
+
+def test_a_job_that_runs_keeps_its_place_when_its_caller_leaves(pool: CpuPool) -> None:
+    gate, running = threading.Event(), threading.Event()
+
+    def job() -> None:
+        running.set()
+        gate.wait(WAIT_SECONDS)
+
+    async def scenario() -> None:
+        learn(pool, 3.0)
+        task = asyncio.create_task(pool.run(job))
+        await until_waiting(pool, 1)
+        assert await asyncio.to_thread(running.wait, WAIT_SECONDS)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(Overloaded):  # the thread is busy all the same
+            pool.check_admission(time.monotonic() + 1)
+        gate.set()
+        async with asyncio.timeout(WAIT_SECONDS):
+            while pool._pending:
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())
 
 
 def test_a_deadline_ends_the_wait_though_the_thread_is_busy(pool: CpuPool) -> None:
@@ -111,7 +178,9 @@ def test_a_cancelled_job_frees_its_place(pool: CpuPool) -> None:
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert pool._pending == 1
+        async with asyncio.timeout(WAIT_SECONDS):
+            while pool._pending > 1:
+                await asyncio.sleep(0)
         gate.set()
         await plug
 

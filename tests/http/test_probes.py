@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -198,21 +199,25 @@ def test_values_follow_the_traffic() -> None:
 
 def test_gauges_show_what_waits() -> None:
     backend = WatchedBackend(gate_open=False)
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(int).result(WAIT_SECONDS)
+    started = threading.Barrier(4)
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(started.wait, WAIT_SECONDS)
+        started.wait(WAIT_SECONDS)
         with running_service(backend, max_batch_size=1, batch_seconds={1: 0.25}) as service:
-            url = f"{service.url}/classify"
-            files = parts(grey(0), grey(1), grey(2))
-            waiting = pool.submit(
-                httpx.post, url, files=files, timeout=WAIT_SECONDS, trust_env=False
-            )
+
+            def classify(level: int) -> httpx.Response:
+                url = f"{service.url}/classify"
+                return httpx.post(url, content=grey(level), timeout=WAIT_SECONDS, trust_env=False)
+
+            waiting = [pool.submit(classify, level) for level in range(3)]
             backend.wait_for_batches(1)
             service.wait_until(lambda: service.metric("metaserve_queue_depth") == 2, "two wait")
 
             assert service.metric("metaserve_inflight_batches") == 1
             assert service.metric("metaserve_queue_wait_estimate_seconds") == pytest.approx(0.75)
             backend.gate.set()
-            assert waiting.result(WAIT_SECONDS).status_code == 200
+            assert {one.result(WAIT_SECONDS).status_code for one in waiting} == {200}
 
 
 def test_metrics_are_served_apart_on_a_port_of_their_own() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sysconfig
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -272,3 +275,31 @@ def test_a_package_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with refusing_start({"METASERVE_MODEL": str(tmp_path / "package")}) as (code, sentence):
         assert code == 2
         assert "manifest.json cannot be read" in sentence or "no model package" in sentence
+
+
+def test_a_log_reader_that_stops_reading_stops_nothing() -> None:
+    reading, writing = os.pipe()
+    command = [str(Path(sysconfig.get_path("scripts")) / "metaserve"), "serve"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ["--port", str(port), "--log-format", "json", "--drain-delay-s", "0"]
+    process = subprocess.Popen([*command, *arguments], stderr=writing)
+    os.close(writing)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            wait_until(lambda: answers(client, "/readyz"), "it is ready", seconds=60)
+            for _ in range(600):  # several times what a pipe holds
+                assert client.get("/nowhere/" + "x" * 200).status_code == 404
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(reading)
+
+
+def answers(client: httpx.Client, path: str) -> bool:
+    try:
+        return client.get(path).is_success
+    except httpx.TransportError:
+        return False
