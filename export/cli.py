@@ -19,7 +19,14 @@ from models.package import (
     find_package,
     open_package,
 )
-from models.variants import Activation, Architecture, Mixer, ResidualScaling, find_variant
+from models.variants import (
+    Activation,
+    Architecture,
+    CheckpointEntry,
+    Mixer,
+    ResidualScaling,
+    find_variant,
+)
 
 NEEDS_EXTRAS = "this needs {}; install metaserve[export,cpu] (in a checkout: make export-tools)"
 
@@ -30,9 +37,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
         metavar="FILE",
-        help=".safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
+        help="the weights: .safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
     )
     parser.add_argument("--labels", type=Path, metavar="FILE", help="one label a line")
     parser.add_argument("--out", type=Path, metavar="DIR", help="package to create [VARIANT]")
@@ -87,7 +93,10 @@ def run_export(arguments: argparse.Namespace) -> int:
         return _refuse(NEEDS_EXTRAS.format(error.name))
 
     try:
-        architecture = _ablated(find_variant(arguments.variant)[0], arguments)
+        architecture, entry = find_variant(arguments.variant)
+        if arguments.checkpoint is None:
+            return _refuse(_where_to_find(arguments.variant, entry))
+        architecture = _ablated(architecture, arguments)
         input_spec = _input_spec(architecture, arguments)
         architecture.check_input_size(input_spec.size)
     except ValueError as error:
@@ -143,6 +152,16 @@ def run_verify(arguments: argparse.Namespace) -> int:
     )
     print(f"proven: {package.path} holds the files of its manifest and agrees with {reference}")
     return 0
+
+
+def _where_to_find(variant: str, entry: CheckpointEntry | None) -> str:
+    """Return the sentence for an export without a checkpoint."""
+    if entry is None:
+        return f"give the weights for {variant} with --checkpoint FILE"
+    places = [f"{entry.file} of the Hugging Face repository sail/dl"]
+    if entry.hub_id is not None:
+        places.append(f"model.safetensors of timm/{entry.hub_id}")
+    return f"download {' or '.join(places)}, then give it with --checkpoint FILE"
 
 
 def _ablated(architecture: Architecture, arguments: argparse.Namespace) -> Architecture:
