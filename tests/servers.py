@@ -172,7 +172,10 @@ def running_service(
         server.stop()
         thread.join(WAIT_SECONDS)
     assert not thread.is_alive(), f"the server did not stop within {WAIT_SECONDS:g} s"
-    left = [one.name for one in set(threading.enumerate()) - threads_before if one.is_alive()]
+    ours = set(threading.enumerate()) - threads_before
+    for one in ours:  # those that have been told to end may take a moment
+        one.join(WAIT_SECONDS)
+    left = [one.name for one in ours if one.is_alive()]
     assert not left, f"threads are left behind: {left}"
 
 
