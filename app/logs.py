@@ -69,27 +69,26 @@ class BackgroundHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Take a record."""
         try:
-            line = self.format(record)
             if self._dropped:
-                line += f"\n{self._dropped} log lines were dropped: their reader did not keep up"
-            self._lines.put_nowait(line)
-            self._dropped = 0
+                self._lines.put_nowait(self.format(_dropped_lines(self._dropped)))
+                self._dropped = 0
+            self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._dropped += 1
         except Exception:
             self.handleError(record)
 
     def flush(self) -> None:
-        """Wait until everything so far is written, for at most a second."""
+        """Wait until everything so far is written, for about a second at most."""
         written = threading.Event()
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(written)
+            self._lines.put(written, timeout=1.0)
             written.wait(1.0)
 
     def close(self) -> None:
-        """Write what waits, for at most a second, and end the thread."""
+        """Write what waits, for about a second at most, and end the thread."""
         with contextlib.suppress(queue.Full):
-            self._lines.put_nowait(None)
+            self._lines.put(None, timeout=1.0)
         self._writer.join(1.0)
         super().close()
 
@@ -111,6 +110,11 @@ class BackgroundHandler(logging.Handler):
         rest = memoryview(line.encode("utf-8", "backslashreplace"))
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+
+
+def _dropped_lines(count: int) -> logging.LogRecord:
+    said = f"{count} log lines were dropped: their reader did not keep up"
+    return logging.LogRecord("metaserve.logs", logging.WARNING, "", 0, said, None, None)
 
 
 def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:

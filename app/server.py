@@ -73,7 +73,6 @@ class Server(uvicorn.Server):
         self._state = state
         self._signals: list[tuple[signal.Signals, bool]] = []
         self._stop_at: float | None = None
-        self._refuse_at: float | None = None
 
     def stop(self) -> None:
         """Stop without a drain, from any thread."""

@@ -92,8 +92,7 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
         PackageError: the place is taken, or labels and classes differ.
         ValueError: the architecture does not run at this input size.
     """
-    out = request.out.absolute()
-    out = out.resolve()
+    out = request.out.resolve()
     for name in (request.name or out.name, request.version or "1"):
         check_name(name)
     if out.exists() and not request.overwrite:

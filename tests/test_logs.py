@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from app.logs import JsonFormatter, TextFormatter, configure_logs
+from app.logs import BackgroundHandler, JsonFormatter, TextFormatter, configure_logs
 from tests.http.wire import grey, parts
 from tests.servers import RunningService, running_service, service_process
 
@@ -259,3 +261,33 @@ def test_auto_is_json_where_there_is_no_terminal(
     (line,) = written.err.splitlines()
     assert "hello world" in line
     assert line.startswith("{") is is_json
+
+
+class GatedStream(io.StringIO):
+    """A stream in memory whose reader may have stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader = threading.Event()
+
+    def write(self, text: str) -> int:
+        assert self.reader.wait(20), "the stream's reader never came back"
+        return super().write(text)
+
+
+def test_lines_beyond_the_capacity_are_dropped_counted_and_said_as_a_line_like_others() -> None:
+    stream = GatedStream()
+    handler = BackgroundHandler(stream, capacity=2)
+    handler.setFormatter(JsonFormatter())
+    for index in range(10):  # nobody reads, and nobody waits
+        handler.emit(record(f"line {index}"))
+    stream.reader.set()
+    handler.flush()
+    handler.emit(record("the last"))
+    handler.close()
+
+    messages = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+    *early, said, last = messages
+    assert last == "the last"
+    assert 2 <= len(early) <= 3
+    assert said == f"{10 - len(early)} log lines were dropped: their reader did not keep up"

@@ -7,7 +7,9 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given, settings
 
 from app.engine.base import Engine
 from app.engine.local import LocalEngine
@@ -83,6 +85,39 @@ def test_two_hundred_concurrent_infers_each_get_their_own() -> None:
         assert_row_of(value, row)
     assert sorted(value for batch in backend.batches for value in batch) == list(range(200))
     assert len(backend.batches) < 200
+
+
+@given(
+    values=st.lists(st.integers(0, 255), min_size=1, max_size=30, unique=True),
+    leavers=st.sets(st.integers(0, 29)),
+    culprits=st.sets(st.integers(0, 255), max_size=3),
+    max_batch_size=st.integers(1, 8),
+    lanes=st.integers(1, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_whoever_stays_gets_one_answer_its_own_whatever_the_others_do(
+    values: list[int], leavers: set[int], culprits: set[int], max_batch_size: int, lanes: int
+) -> None:
+    backend = WatchedBackend(spoil=raise_for(*culprits), lanes=lanes)
+
+    async def scenario(engine: Engine) -> list[Row | BaseException]:
+        tasks = [await start(engine, value) for value in values]
+        for index in leavers & set(range(len(tasks))):
+            tasks[index].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with running(backend, max_batch_size=max_batch_size, clock=time.monotonic) as core:
+        answers = run(scenario(LocalEngine(core)))
+        assert core.status().queue_depth == 0
+    for index, (value, answer) in enumerate(zip(values, answers, strict=True)):
+        if index in leavers and isinstance(answer, asyncio.CancelledError):
+            continue
+        if value in culprits:
+            assert isinstance(answer, InferenceFailed)
+        else:
+            assert isinstance(answer, Row), repr(answer)
+            assert_row_of(value, answer)
+    assert max((len(batch) for batch in backend.batches), default=0) <= max_batch_size
 
 
 def test_a_failed_image_raises_for_its_caller_alone() -> None:
