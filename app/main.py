@@ -110,7 +110,8 @@ def load_model(state: ServiceState) -> LoadedModel:
     _ = package.labels  # read now, so that a wrong file stops the start and not a request
     backend = select_backend(settings, package, settings.threads or cpu_limit())
     golden = check_golden(backend, package) if backend.info.runs_package else None
-    times = warm_up(backend, settings.max_batch_size)
+    limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
+    times = warm_up(backend, limit)
     return wire_model(state, backend, times, times.largest_useful(), golden)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -51,13 +52,13 @@ class WatchedBackend:
         if gate_open:
             self.gate.set()
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         with self._changed:
             self._batches.append(batch)
             self._changed.notify_all()
         if not self.gate.wait(timeout=60):
             raise TimeoutError("the watched backend's gate stayed shut for 60 s")
-        return self._inner.run(batch)
+        return self._inner.run(batch, deadline)
 
     def close(self) -> None:
         self.closed = True

@@ -28,6 +28,7 @@ PLAN = {
         "app.errors",
         "app.types",
         "app.backends.base",
+        "app.backends.buckets",
     },
     "app.http": {
         "models.package",

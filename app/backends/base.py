@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,7 @@ class BackendInfo:
         classes: length of a logits row.
         embedding_dim: length of an embedding row.
         batches_in_flight: how many batches may run at once, each in a thread of its own.
+        max_batch_size: images a batch may hold at most; None where only memory sets a limit.
         runs_package: whether the answers are the package's network's; those of a fake are not,
             and its golden outputs say nothing about them.
     """
@@ -33,6 +35,7 @@ class BackendInfo:
     classes: int
     embedding_dim: int
     batches_in_flight: int = 1
+    max_batch_size: int | None = None
     runs_package: bool = True
 
 
@@ -41,11 +44,13 @@ class Backend(Protocol):
 
     info: BackendInfo
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         """Answer a batch; blocks.
 
         Args:
-            batch: uint8 (N, S, S, 3), RGB, C-contiguous.
+            batch: uint8 (N, S, S, 3), RGB, C-contiguous, at most `info.max_batch_size` images.
+            deadline: absolute `time.monotonic()` seconds after which nobody waits for the answer;
+                for backends that can give up or pass it on, others run to the end.
 
         Returns:
             Rows in the order of the batch, in arrays that no later call touches.

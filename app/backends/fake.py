@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -44,7 +45,7 @@ class FakeBackend:
         self._seconds = seconds
         self._gate = gate
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         """Answer with functions of each image's mean.
 
         The best class is the mean scaled to the number of classes; every component of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
@@ -80,7 +81,7 @@ class OnnxRuntimeBackend:
             embedding_dim=manifest.embedding_dim,
         )
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         """Run the graph once."""
         logits, embedding = self._session.run(["logits", "embedding"], {"images": batch})
         return Rows(logits, embedding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class TorchBackend:
             embedding_dim=manifest.embedding_dim,
         )
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         """Run the network once."""
         with self._torch.inference_mode():
             logits, embedding = self._model(self._torch.from_numpy(batch).to(self._device))

@@ -263,7 +263,9 @@ class EngineCore:
             self._answer(unanswered[middle:])
 
     def _run(self, requests: list[Request]) -> Rows:
-        rows = self._backend.run(np.stack([request.pixels for request in requests]))
+        # Of the latest: until then somebody waits for an answer of this batch.
+        deadline = max(request.deadline for request in requests)
+        rows = self._backend.run(np.stack([request.pixels for request in requests]), deadline)
         info = self._backend.info
         widths = {"logits": info.classes, "embedding": info.embedding_dim}
         for name, width in widths.items():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from app.backends.base import Backend
+from app.backends.buckets import bucket_sizes
 from app.engine.base import GoldenCheck
 from app.engine.timing import USEFUL_GAIN, ServiceTimes
 from app.errors import first_line
@@ -93,7 +94,7 @@ def warm_up(
     times: dict[int, float] = {}
     best, without_gain = float("inf"), 0
     image = golden_images(backend.info.input_size, 1)
-    for size in _sizes(max_batch_size):
+    for size in bucket_sizes(max_batch_size):
         times[size] = _fastest(backend, image.repeat(size, 0), clock)
         gains = times[size] / size <= best * (1 - USEFUL_GAIN)
         without_gain = 0 if gains else without_gain + 1
@@ -106,11 +107,6 @@ def warm_up(
         ServiceTimes(times).largest_useful(),
     )
     return ServiceTimes(times)
-
-
-def _sizes(limit: int) -> list[int]:
-    """Return the powers of two below a limit, and the limit."""
-    return [1 << power for power in range((limit - 1).bit_length())] + [limit]
 
 
 def _fastest(backend: Backend, batch: Batch, clock: Callable[[], float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,7 +102,7 @@ class WatchedBackend(FakeBackend):
         self.closed = 0
         self._entered = threading.Semaphore(0)
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         values = [int(image[0, 0, 0]) for image in batch]
         self.batches.append(values)
         self._entered.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class GoldenBackend(FakeBackend):
         self._images = golden_images(manifest.input.size, len(package.golden[0]))
         self._alone, self._together = alone, together
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         found = [
             next(n for n, known in enumerate(self._images) if np.array_equal(known, image))
             for image in batch
@@ -143,7 +144,7 @@ class CostedBackend(FakeBackend):
         self.sizes: list[int] = []
         self._cost = cost
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         self.clock.advance(self._cost(len(batch), self.sizes.count(len(batch))))
         self.sizes.append(len(batch))
         return super().run(batch)
@@ -213,7 +214,7 @@ def test_a_graph_of_other_widths_than_the_golden_outputs_is_refused(
 
 def test_a_graph_that_cannot_be_run_is_refused_in_one_sentence(package: Package) -> None:
     class Broken(FakeBackend):
-        def run(self, batch: Batch) -> Rows:
+        def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
             raise RuntimeError("the axes do not fit\nand more about it")
 
     with pytest.raises(PackageError, match=r"cannot be run on .*: the axes do not fit$"):

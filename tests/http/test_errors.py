@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import threading
 import time
@@ -63,7 +64,7 @@ class Raising:
         self._error = error
         self.info = self._inner.info
 
-    def run(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         if batch.reshape(len(batch), -1).mean(1).max() > 250:
             raise self._error
         return self._inner.run(batch)
