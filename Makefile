@@ -53,11 +53,13 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(VENV)/.serve $@
 
 # timm and torchvision are the reference the tests compare with. They come without their own
-# dependencies: those would replace the CPU build of torch.
+# dependencies: those would replace the CPU build of torch. tensorrt-rtx builds engines without a
+# GPU and stands in for tensorrt; it is NVIDIA's, under NVIDIA's licence, and only tests use it.
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for tests: torch, onnx, timm (a few minutes, once) ..."
-	@$(PIP) --editable '.[cpu,export,dev]' || { $(NOT_INSTALLED); }
+	@$(PIP) --editable '.[cpu,export,triton,dev]' || { $(NOT_INSTALLED); }
 	@$(PIP) --no-deps timm torchvision || { $(NOT_INSTALLED); }
+	@$(PIP) tensorrt-rtx || { $(NOT_INSTALLED); }
 	@touch $(VENV)/.serve $(VENV)/.export $@
 
 $(BIN)/python:
