@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from app.backends.select import select_backend
+from app.cpu import cpu_limit
 from app.errors import BadRequest, ServiceError, StartupError
 from app.settings import Settings, load_settings
-from models.package import PackageError
+from app.types import Batch
+from export.candidate import Answers, Candidate, CannotStart, OpenBackend
+from models.package import Package, PackageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +84,9 @@ _OFFLINE_SETTINGS = (
 )
 
 
+_BACKEND_SETTINGS = ("device", "ort_provider", "threads", "triton_url", "triton_model")
+
+
 def _add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Give a command a flag for each setting; a flag goes before its METASERVE_ variable."""
     for name in names:
@@ -114,7 +121,28 @@ def _add_export_commands(export: argparse.ArgumentParser, verify: argparse.Argum
     add_export_arguments(export)
     export.set_defaults(run=run_export)
     add_verify_arguments(verify)
-    verify.set_defaults(run=run_verify)
+    _add_settings(verify, _BACKEND_SETTINGS)
+    verify.set_defaults(run=lambda arguments: run_verify(arguments, _opener(arguments)))
+
+
+def _opener(arguments: argparse.Namespace) -> OpenBackend:
+    """Return what starts a backend of the service for a proof."""
+
+    def open_backend(name: str, package: Package) -> Candidate:
+        settings = _settings(arguments).model_copy(update={"backend": name})
+        try:
+            backend = select_backend(settings, package, settings.threads or cpu_limit())
+        except (StartupError, PackageError) as error:
+            raise CannotStart(str(error)) from error
+        info = backend.info
+
+        def run(batch: Batch) -> Answers:
+            rows = backend.run(batch)
+            return rows.logits, rows.embedding
+
+        return Candidate(name, info.precision, info.device, info.runtime, run, backend.close)
+
+    return open_backend
 
 
 def _models(_: argparse.Namespace) -> int:

@@ -12,13 +12,18 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from export.candidate import Answers, CannotStart, OpenBackend
 from models.package import (
+    MANIFEST,
     WEIGHTS,
+    Calibration,
     InputSpec,
+    Package,
     PackageError,
     find_package,
     open_package,
 )
+from models.tolerances import Precision
 from models.variants import (
     Activation,
     Architecture,
@@ -28,6 +33,7 @@ from models.variants import (
     find_variant,
 )
 
+BACKENDS = ("onnxruntime", "torch", "tensorrt", "triton")
 NEEDS_EXTRAS = "this needs {}; install metaserve[export,cpu] (in a checkout: make export-tools)"
 
 
@@ -45,7 +51,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the package [the directory's name]")
     parser.add_argument("--version", help="version of the package [hash of the weights]")
     parser.add_argument("--format", choices=["onnx"], default="onnx")
-    parser.add_argument("--precision", choices=["fp32"], default="fp32")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="of the graph; bf16 runs in torch and TensorRT alone, fp16 everywhere [%(default)s]",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a package at --out")
     parser.add_argument("--no-ema", action="store_true", help="take the weights, not their average")
     parser.add_argument(
@@ -80,14 +91,23 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `metaserve verify`."""
     parser.add_argument("package", help="a package directory, or a name in the store")
     parser.add_argument("--model-store", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--backends",
+        type=_backends,
+        metavar="NAMES",
+        help="prove these backends, for example onnxruntime,torch,triton, and store the table in "
+        "the manifest",
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export a package; returns the exit code."""
     try:
         # torch is loaded here and not before: `metaserve serve` shares this parser.
+        from export.calibration import OverflowsFloat16
+        from export.proofs import format_proofs, format_verification
         from export.publish import ExportRequest, export_package
-        from export.verify import VerificationError, format_verification
+        from export.verify import VerificationError
         from models.checkpoints import CheckpointError
     except ImportError as error:
         return _refuse(NEEDS_EXTRAS.format(error.name))
@@ -116,25 +136,39 @@ def run_export(arguments: argparse.Namespace) -> int:
         labels=arguments.labels,
         head_norm_eps=eps,
         ema=not arguments.no_ema,
+        precision=arguments.precision,
         weights=not arguments.no_weights,
         overwrite=arguments.overwrite,
+        report=None if arguments.precision == "fp32" else _report,
     )
     try:
         with _Steps() as progress:
             package = export_package(request, progress)
+    except OverflowsFloat16 as error:
+        return _refuse(error)
     except (CheckpointError, PackageError, VerificationError) as error:
         return _refuse(error)
     except OSError as error:
         return _refuse(f"the package cannot be written: {error}")
-    print(format_verification(package.manifest, package.manifest.verification))
+    manifest = package.manifest
+    print(format_verification(manifest, manifest.verification))
+    if manifest.proofs:
+        print(format_proofs(manifest.proofs))
     print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}")
     return 0
 
 
-def run_verify(arguments: argparse.Namespace) -> int:
-    """Repeat the proof of a package; returns the exit code."""
+def run_verify(arguments: argparse.Namespace, open_backend: OpenBackend) -> int:
+    """Repeat the proof of a package, or prove backends on it; returns the exit code.
+
+    Args:
+        arguments: as described by `add_verify_arguments`.
+        open_backend: starts a backend of the service.
+    """
     try:
-        from export.verify import VerificationError, format_verification, judge, verify_package
+        from export.graph_runner import graph_run
+        from export.proofs import format_verification
+        from export.verify import VerificationError, compare, judge, reference_of
         from models.checkpoints import CheckpointError
     except ImportError as error:
         return _refuse(NEEDS_EXTRAS.format(error.name))
@@ -142,16 +176,53 @@ def run_verify(arguments: argparse.Namespace) -> int:
     try:
         package = open_package(find_package(arguments.package, arguments.model_store))
         package.check_files()
-        verification = verify_package(package)
-        print(format_verification(package.manifest, verification))
-        judge(verification)
+        reference, manifest = reference_of(package), package.manifest
+        if arguments.backends:
+            return _prove_backends(package, reference, arguments, open_backend)
+        run, runtime = graph_run(package.model_path)
+        verification = compare(run, runtime, manifest.input.size, reference, manifest.precision)
+        print(format_verification(manifest, verification))
+        judge(verification, manifest.precision)
     except (CheckpointError, PackageError, VerificationError) as error:
         return _refuse(error)
-    reference = (
-        "torch on its weights" if WEIGHTS in package.manifest.files else "its golden outputs"
-    )
-    print(f"proven: {package.path} holds the files of its manifest and agrees with {reference}")
+    against = "torch on its weights" if WEIGHTS in manifest.files else "its golden outputs"
+    print(f"proven: {package.path} holds the files of its manifest and agrees with {against}")
     return 0
+
+
+def _prove_backends(
+    package: Package,
+    reference: Answers,
+    arguments: argparse.Namespace,
+    open_backend: OpenBackend,
+) -> int:
+    """Prove each backend that was asked for, print the table and store it."""
+    from export.proofs import format_proofs, prove, store_proofs
+    from export.verify import VerificationError
+
+    proofs, faults = [], []
+    for name in arguments.backends:
+        try:
+            candidate = open_backend(name, package)
+        except CannotStart as error:
+            faults.append(f"{name}: {error}")
+            continue
+        try:
+            proofs.append(prove(candidate, package, reference))
+        except VerificationError as error:
+            faults.append(f"{name}: {error}")
+        finally:
+            candidate.close()
+    if proofs:
+        print(format_proofs(proofs))
+        try:
+            store_proofs(package, proofs)
+            print(f"stored in {package.path / MANIFEST}")
+        except OSError as error:
+            print(f"not stored, {package.path} cannot be written: {error.strerror}")
+    for fault in faults:
+        _refuse(fault)
+    return 2 if faults else 0
 
 
 def _where_to_find(variant: str, entry: CheckpointEntry | None) -> str:
@@ -162,6 +233,22 @@ def _where_to_find(variant: str, entry: CheckpointEntry | None) -> str:
     if entry.hub_id is not None:
         places.append(f"model.safetensors of timm/{entry.hub_id}")
     return f"download {' or '.join(places)}, then give it with --checkpoint FILE"
+
+
+def _backends(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in BACKENDS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is no backend; choose among {','.join(BACKENDS)}"
+        )
+    return names
+
+
+def _report(calibration: Calibration) -> None:
+    from export.calibration import format_calibration
+
+    print(f"\n{format_calibration(calibration)}", file=sys.stderr)
 
 
 def _ablated(architecture: Architecture, arguments: argparse.Namespace) -> Architecture:

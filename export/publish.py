@@ -7,16 +7,22 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from export.onnx import OPSET, export_onnx
-from export.verify import compare, judge, torch_answers
+from export.calibration import calibrate, check_float16
+from export.candidate import Answers
+from export.graph_runner import graph_run
+from export.onnx import OPSET, OPSET_BFLOAT16, export_onnx
+from export.verify import IMAGES, compare, judge, torch_answers, torch_run
 from models.build import build_network
 from models.checkpoints import load_checkpoint, save_weights
+from models.golden import golden_images
 from models.package import (
     GOLDEN,
     LABELS,
@@ -24,6 +30,8 @@ from models.package import (
     MODEL,
     WEIGHTS,
     ArchitectureSpec,
+    BackendProof,
+    Calibration,
     Evaluation,
     InputSpec,
     Manifest,
@@ -35,7 +43,9 @@ from models.package import (
     open_package,
     parse_labels,
 )
+from models.precision import cast_network, widen_network
 from models.serving import ServedModel
+from models.tolerances import Precision
 from models.variants import Architecture
 
 TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -54,10 +64,12 @@ class ExportRequest:
         name: of the package; the directory's name when None.
         version: of the package; made from the hash of the weights when None.
         labels: a file with one label a line.
+        precision: of the graph; the weights file stays in float32.
         head_norm_eps: of the norm in an `mlp` head; the checkpoint's own when None.
         ema: prefer the moving average in a training checkpoint.
         weights: put `weights.safetensors` into the package, for the torch backend.
         overwrite: replace a package that is there.
+        report: is shown the range of the activations.
         evaluation: accuracy to state in the manifest, measured on the finished package.
     """
 
@@ -69,10 +81,12 @@ class ExportRequest:
     name: str | None = None
     version: str | None = None
     labels: Path | None = None
+    precision: Precision = "fp32"
     head_norm_eps: float | None = None
     ema: bool = True
     weights: bool = True
     overwrite: bool = False
+    report: Callable[[Calibration], None] | None = None
     evaluation: Callable[[Package], Evaluation] | None = None
 
 
@@ -89,6 +103,7 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
     Raises:
         CheckpointError: the checkpoint does not fit the architecture.
         VerificationError: the graph does not compute what the network computes.
+        OverflowsFloat16: `fp16` was asked for, and does not hold the network's activations.
         PackageError: the place is taken, or labels and classes differ.
         ValueError: the architecture does not run at this input size.
     """
@@ -125,11 +140,21 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
         save_weights(network.state_dict(), checkpoint.head_norm_eps, folder / WEIGHTS)
     reference = torch_answers(model, request.input.size)
     np.savez(folder / GOLDEN, logits=reference[0], embedding=reference[1])
-    progress(f"tracing {request.variant} at {request.input.size} px")
-    export_onnx(model, request.input.size, folder / MODEL)
-    progress("proving it against torch")
-    verification = compare(folder / MODEL, request.input.size, reference)
-    judge(verification)
+    size, precision = request.input.size, request.precision
+    calibration = calibrate(model, golden_images(size, IMAGES))
+    if request.report is not None:
+        request.report(calibration)
+    if precision == "fp16":
+        check_float16(calibration)
+    served = ServedModel(cast_network(deepcopy(network), precision), request.input).eval()
+    progress(f"tracing {request.variant} in {precision} at {size} px")
+    export_onnx(served, size, folder / MODEL)
+    progress("proving it against torch in float32")
+    # ONNX Runtime runs no bfloat16 on a CPU.
+    run, runtime = graph_run(folder / MODEL, widen=precision == "bf16")
+    verification = compare(run, runtime, size, reference, precision)
+    judge(verification, precision)
+    proofs = () if precision == "fp32" else _prove_half(served, request, folder, reference)
     manifest = Manifest(
         name=request.name or request.out.resolve().name,
         version=request.version or checkpoint.sha256[:12],
@@ -139,20 +164,42 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
         embedding_dim=request.architecture.embedding_dim,
         head_norm_eps=checkpoint.head_norm_eps,
         input=request.input,
-        precision="fp32",
-        opset=OPSET,
+        precision=precision,
+        opset=OPSET_BFLOAT16 if precision == "bf16" else OPSET,
         tools=tool_versions(),
         files=dict(hash_files(folder)),
         source=Source(
             file=request.checkpoint.name, sha256=checkpoint.sha256, layout=checkpoint.layout
         ),
         verification=verification,
+        proofs=proofs,
+        calibration=calibration,
     )
     if request.evaluation is not None:
         progress("evaluating it")
         evaluation = request.evaluation(Package(folder, manifest))
         manifest = manifest.model_copy(update={"evaluation": evaluation})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
+
+
+def _prove_half(
+    served: ServedModel, request: ExportRequest, folder: Path, reference: Answers
+) -> tuple[BackendProof]:
+    """Prove in torch how a half precision rounds, and that the graph is the network but for that.
+
+    A bound as wide as half precision needs would let a slightly wrong graph pass; with its types
+    widened it has to keep the bound of float32.
+    """
+    size, precision = request.input.size, request.precision
+    runtime = f"torch {torch.__version__} eager"
+    rounding = compare(torch_run(served), runtime, size, reference, precision)
+    judge(rounding, precision)
+    served.network = widen_network(served.network)
+    run, runtime = graph_run(folder / MODEL, widen=True)
+    judge(compare(run, runtime, size, torch_answers(served, size), "fp32"), "fp32")
+    return (
+        BackendProof(**rounding.model_dump(), backend="torch", precision=precision, device="cpu"),
+    )
 
 
 def _publish(staging: Path, out: Path) -> None:

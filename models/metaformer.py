@@ -142,6 +142,7 @@ class Head(nn.Module):
         """(B, H, W, C) -> (B, C). Pool, then norm: the other order gives another vector."""
         # Not `mean((1, 2))`: ONNX Runtime sums a single image in another order than a batch, and
         # the answer for an image would depend on its company.
+        feature_map = feature_map.to(self.norm.weight.dtype)  # the head stays in float32
         pooled = F.avg_pool2d(feature_map.permute(0, 3, 1, 2), feature_map.shape[1:3]).flatten(1)
         return self.norm(pooled)  # type: ignore[no-any-return]
 

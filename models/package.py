@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from models.tolerances import Precision
 from models.variants import (
     Activation,
     Architecture,
@@ -109,7 +110,7 @@ class Source(_Frozen):
 
 
 class Verification(_Frozen):
-    """How far the graph is from the torch model in float32, over batches 1, 2 and 5.
+    """How far answers are from the torch model in float32, over batches 1, 2 and 5.
 
     Attributes:
         max_abs_logit_difference: largest absolute difference of any logit.
@@ -118,6 +119,7 @@ class Verification(_Frozen):
         top1_agreement: share of images with the same best class, 0..1.
         batch_dependence: largest difference of a logit of the same image between batch sizes.
         logit_tolerance: the bound that `max_abs_logit_difference` had to keep.
+        embedding_tolerance: the bound of `max_embedding_cosine_distance`.
         images: how many fixed images were compared.
         runtime: what ran the graph, for example `onnxruntime 1.32.0 CPUExecutionProvider`.
     """
@@ -127,9 +129,52 @@ class Verification(_Frozen):
     max_embedding_cosine_distance: float
     top1_agreement: float
     batch_dependence: float
-    logit_tolerance: Annotated[float, Field(gt=0, le=1)]
+    logit_tolerance: Positive
+    embedding_tolerance: Annotated[float, Field(gt=0, le=1)] = 1e-6
     images: int
     runtime: str
+
+
+class BackendProof(Verification):
+    """The same figures for a backend, by `metaserve verify --backends`.
+
+    Attributes:
+        backend: as in `METASERVE_BACKEND`.
+        precision: that the backend computed in.
+        device: for example `cpu` or `cuda:0`.
+    """
+
+    backend: str
+    precision: Precision
+    device: str
+
+
+class ActivationRange(_Frozen):
+    """The range of one squaring activation.
+
+    Attributes:
+        largest_input: before it; what is negative does not count.
+        largest_output: after it, in absolute value.
+    """
+
+    largest_input: float
+    largest_output: float
+
+
+class Calibration(_Frozen):
+    """The range of every squaring activation over the calibration images.
+
+    Attributes:
+        images: how many.
+        activations: module -> its range.
+    """
+
+    images: int
+    activations: dict[str, ActivationRange]
+
+    def by_output(self) -> list[tuple[str, ActivationRange]]:
+        """Return the activations, the largest output first."""
+        return sorted(self.activations.items(), key=lambda item: -item[1].largest_output)
 
 
 class Evaluation(_Frozen):
@@ -160,12 +205,14 @@ class Manifest(_Frozen):
     embedding_dim: Annotated[int, Field(ge=1)]
     head_norm_eps: Annotated[float, Field(gt=0)]
     input: InputSpec
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Precision
     opset: int
     tools: dict[str, str]
     files: dict[FileName, Sha256]
     source: Source
     verification: Verification
+    proofs: tuple[BackendProof, ...] = ()
+    calibration: Calibration | None = None
     evaluation: Evaluation | None = None
 
 

@@ -25,6 +25,7 @@ PLAN = {
     "app.engine": {
         "models.package",
         "models.golden",
+        "models.tolerances",
         "app.errors",
         "app.types",
         "app.backends.base",
@@ -43,15 +44,16 @@ PLAN = {
     "app.server": {"app.errors", "app.http.protocol", "app.http.state"},
     "app.offline": {"models.package", "app"},
     "app.main": {"models.package", "app"},
-    "app.cli": {"models.package", "models.variants", "export.cli", "app"},
+    "app.cli": {"models.package", "models.variants", "export.cli", "export.candidate", "app"},
 }
 
 # What each heavy library is imported by; nothing else may, not even inside a function.
 HEAVY = {
     "torch": {"models.layers", "models.metaformer", "models.checkpoints", "models.build",
-              "models.serving", "export.onnx", "export.verify", "app.backends.pytorch"},
+              "models.serving", "models.precision", "export.onnx", "export.verify",
+              "export.calibration", "export.publish", "app.backends.pytorch"},
     "safetensors": {"models.checkpoints", "app.backends.pytorch"},
-    "onnx": {"export.onnx"},
+    "onnx": {"export.onnx", "export.graph_runner"},
     "onnxruntime": {"models.onnx_runtime"},
     "timm": set[str](),
     "torchvision": set[str](),

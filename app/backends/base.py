@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.types import Batch, Rows
+from models.tolerances import Precision
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class BackendInfo:
     Attributes:
         name: as in `METASERVE_BACKEND`.
         device: for example `cpu` or `cuda:0`.
-        precision: of the weights, for example `fp32`.
+        precision: that the network is computed in.
         runtime: library, version and path in use, in words.
         input_size: S of the uint8 (N, S, S, 3) batches it takes.
         classes: length of a logits row.
@@ -29,7 +30,7 @@ class BackendInfo:
 
     name: str
     device: str
-    precision: str
+    precision: Precision
     runtime: str
     input_size: int
     classes: int

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from app.backends.base import Backend
 from app.backends.buckets import bucket_sizes
@@ -16,31 +18,32 @@ from app.errors import first_line
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package, PackageError
+from models.tolerances import TOLERANCES, Precision
 
 log = logging.getLogger("metaserve.engine")
 
-# The package's tolerance was kept on the machine that exported it; other processors add in other
-# orders. A wrong graph or a damaged library is off by much more than ten times that.
-START_TOLERANCE_FACTOR = 10
+# The tolerances hold where a package is exported; other processors add in other orders. In float32
+# that makes a difference that a wrong graph or a damaged library exceeds by far; half precisions
+# round more coarsely than sums differ.
+START_TOLERANCE_FACTORS: dict[Precision, float] = {"fp32": 10, "fp16": 2, "bf16": 2}
 # A run of a small network takes less than a millisecond, and another process on the same core takes
 # it away for several: the best of 50 ms is one that was left alone. A large network is not worth
 # more than two runs a size, or a start would take a minute.
 MIN_RUNS = 2
 MIN_SECONDS = 0.05
 MAX_RUNS = 200
-# Length of an embedding's difference over the embedding's: 1e-6 in float32, of size one for a
-# wrong graph; the bound leaves room for half precisions.
-EMBEDDING_TOLERANCE = 0.05
 
 
 def check_golden(backend: Backend, package: Package) -> GoldenCheck:
-    """Reproduce the package's golden outputs, alone and in one batch.
+    """Reproduce the package's golden outputs, alone and in one batch, or in as large ones as fit.
 
     Raises:
         PackageError: the graph cannot be run as the manifest says, or the answers differ by more
-            than the package's tolerance allows.
+            than the tolerance of the backend's precision allows.
     """
     logits, embedding = package.golden
+    limit = backend.info.max_batch_size
+    logits, embedding = logits[:limit], embedding[:limit]
     images = golden_images(package.manifest.input.size, len(logits))
     try:
         together = backend.run(images)
@@ -62,16 +65,13 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
     # numpy's max, not Python's, which loses a NaN that comes second.
     difference = float(np.max([np.abs(rows.logits - logits) for rows in (together, alone)]))
     apart = [np.linalg.norm(rows.embedding - embedding, axis=1) for rows in (together, alone)]
+    allowed_logit, allowed_embedding = start_tolerances(backend.info.precision, logits)
     for what, found, allowed in (
-        (
-            "logits differ",
-            difference,
-            START_TOLERANCE_FACTOR * package.manifest.verification.logit_tolerance,
-        ),
+        ("logits differ", difference, allowed_logit),
         (
             "embeddings differ, relative to their length,",
             float(np.max(apart / np.linalg.norm(embedding, axis=1).clip(1e-30))),
-            EMBEDDING_TOLERANCE,
+            allowed_embedding,
         ),
     ):
         if not found <= allowed:  # also true for NaN
@@ -81,6 +81,21 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
                 "and export it again"
             )
     return GoldenCheck(difference, float(np.abs(together.logits - alone.logits).max()))
+
+
+def start_tolerances(precision: Precision, logits: NDArray[np.float32]) -> tuple[float, float]:
+    """Return how far a backend may be from the golden outputs.
+
+    Args:
+        precision: that the backend computes in.
+        logits: the golden ones, (N, C).
+
+    Returns:
+        The largest difference of a logit, and of an embedding relative to its length.
+    """
+    tolerance, factor = TOLERANCES[precision], START_TOLERANCE_FACTORS[precision]
+    # Two vectors of the same length at cosine distance c are sqrt(2 c) of that length apart.
+    return factor * tolerance.allowed(logits), factor * math.sqrt(2 * tolerance.cosine)
 
 
 def warm_up(

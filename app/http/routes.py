@@ -171,6 +171,10 @@ async def models(state: StateDep) -> Response:
             max_abs_logit_difference=golden.max_abs_logit_difference if golden else None,
             batch_dependence=golden.batch_dependence if golden else None,
         ),
+        proofs=[
+            schemas.BackendProof.model_validate(one, from_attributes=True)
+            for one in manifest.proofs
+        ],
         evaluation=evaluation.model_dump() if evaluation else None,
     )
     return JSONResponse(info.model_dump())

@@ -123,6 +123,20 @@ class Proof(BaseModel):
     batch_dependence: float | None
 
 
+class BackendProof(BaseModel):
+    """How far one backend was from torch in float32 when `metaserve verify` proved it."""
+
+    backend: str
+    precision: str
+    device: str
+    runtime: str
+    max_abs_logit_difference: float
+    logit_tolerance: float
+    max_embedding_cosine_distance: float
+    top1_agreement: float
+    batch_dependence: float
+
+
 class ModelInfo(BaseModel):
     """The loaded package and what runs it."""
 
@@ -140,6 +154,7 @@ class ModelInfo(BaseModel):
     max_batch_size: int
     batch_ms: dict[str, float]
     proof: Proof
+    proofs: list[BackendProof]
     evaluation: dict[str, str | int | float] | None
 
 

@@ -15,8 +15,8 @@ from app.backends.ort import OnnxRuntimeBackend
 from app.images.decode import decode_image
 from app.images.prepare import prepare_image
 from examples.digits.data import held_out
+from export.proofs import format_verification
 from export.publish import ExportRequest, export_package
-from export.verify import format_verification
 from models.package import Evaluation, InputSpec, Package
 from models.variants import CAFORMER_DIGITS
 

@@ -11,7 +11,7 @@ import pytest
 
 from app.backends.fake import FakeBackend
 from app.backends.ort import OnnxRuntimeBackend
-from app.engine.loading import EMBEDDING_TOLERANCE, START_TOLERANCE_FACTOR, check_golden, warm_up
+from app.engine.loading import check_golden, start_tolerances, warm_up
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import (
@@ -71,7 +71,7 @@ def move_embedding(by: float) -> Change:
 
 
 def allowed(package: Package) -> float:
-    return START_TOLERANCE_FACTOR * package.manifest.verification.logit_tolerance
+    return start_tolerances("fp32", package.golden[0])[0]
 
 
 def test_the_embedded_package_is_accepted_on_onnxruntime(package: Package) -> None:
@@ -124,7 +124,7 @@ def test_embeddings_that_are_off_are_refused_alone_and_in_company(
 
 def test_embeddings_within_the_tolerance_are_accepted(package: Package) -> None:
     length = float(np.linalg.norm(package.golden[1][-1]))
-    small = 0.5 * EMBEDDING_TOLERANCE * length
+    small = 0.5 * start_tolerances("fp32", package.golden[0])[1] * length
     check_golden(GoldenBackend(package, together=move_embedding(small)), package)
 
 

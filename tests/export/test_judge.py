@@ -20,7 +20,7 @@ GOOD = Verification(
 
 
 def test_good_figures_pass() -> None:
-    judge(GOOD)
+    judge(GOOD, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,4 @@ def test_good_figures_pass() -> None:
 )
 def test_one_figure_out_of_bounds_is_enough(figure: str, value: float, complaint: str) -> None:
     with pytest.raises(VerificationError, match=complaint):
-        judge(GOOD.model_copy(update={figure: value}))
+        judge(GOOD.model_copy(update={figure: value}), "fp32")

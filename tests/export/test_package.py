@@ -183,7 +183,7 @@ def test_verify_sees_weights_that_are_not_those_of_the_graph(
     save_file(randomise(MetaFormer(DIGITS, 10), 4).state_dict(), copy / "weights.safetensors")
     rehash(copy)
     assert run("verify", copy) == 2
-    assert "the graph is not the network" in capsys.readouterr().err
+    assert "does not compute the network in fp32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_graph_that_is_not_the_network_is_not_published(
     out = tmp_path / "models" / "wrong"
     code = run("export", "caformer_digits", "--checkpoint", checkpoint(tmp_path), "--out", out)
     assert code == 2
-    assert "the graph is not the network: logits differ by" in capsys.readouterr().err
+    assert "does not compute the network in fp32: logits differ by" in capsys.readouterr().err
     assert list(out.parent.iterdir()) == []
 
 

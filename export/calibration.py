@@ -1,0 +1,87 @@
+"""How large the squares of a network grow: what tells whether float16 holds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.layers import SquaredReLU, StarReLU
+from models.package import ActivationRange, Calibration
+from models.serving import ServedModel
+
+FLOAT16_MAX = 65504.0
+# Images that are served differ from those of the calibration: activations may grow by this factor
+# before they overflow.
+HEADROOM = 2.0
+
+
+class OverflowsFloat16(Exception):
+    """Activations that float16 does not hold; one sentence that names the largest."""
+
+
+def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> Calibration:
+    """Run images through a network and note the range of every squaring activation.
+
+    Args:
+        model: in float32, on the CPU.
+        images: uint8 (N, S, S, 3).
+
+    Returns:
+        For each StarReLU (and the squared ReLU of an `mlp` head) its largest input and output.
+    """
+    found: dict[str, ActivationRange] = {}
+    squares: dict[nn.Module, str] = {
+        module: name.removeprefix("network.")
+        for name, module in model.named_modules()
+        if isinstance(module, StarReLU | SquaredReLU)
+    }
+
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        found[squares[module]] = ActivationRange(
+            largest_input=float(inputs[0].max()), largest_output=float(output.abs().max())
+        )
+
+    hooks = [module.register_forward_hook(note) for module in squares]
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(images))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Calibration(images=len(images), activations=found)
+
+
+def check_float16(calibration: Calibration) -> None:
+    """Refuse a network whose activations come near the end of float16.
+
+    The head is computed in float32 and does not count.
+
+    Raises:
+        OverflowsFloat16: with the module and its figures.
+    """
+    limit = FLOAT16_MAX / HEADROOM
+    for name, activation in calibration.by_output():
+        if name.startswith("head."):
+            continue
+        if not max(activation.largest_output, activation.largest_input**2) <= limit:
+            raise OverflowsFloat16(
+                f"{name} reaches {activation.largest_output:.3g} from an input of "
+                f"{activation.largest_input:.3g}, where float16 ends at {FLOAT16_MAX:.5g} and "
+                f"{limit:.5g} is allowed; use --precision bf16"
+            )
+
+
+def format_calibration(calibration: Calibration) -> str:
+    """Return the report: every activation, the largest output first."""
+    lines = [
+        f"largest values over {calibration.images} calibration images "
+        f"(float16 ends at {FLOAT16_MAX:.5g}):",
+        f"  {'activation':<40}{'input':>10}{'output':>10}",
+    ]
+    lines += [
+        f"  {name:<40}{activation.largest_input:>10.3g}{activation.largest_output:>10.3g}"
+        for name, activation in calibration.by_output()
+    ]
+    return "\n".join(lines)

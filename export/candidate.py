@@ -1,0 +1,47 @@
+"""A backend of the service as a proof sees it; export and app do not know each other's rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.package import Package
+from models.tolerances import Precision
+
+Array = NDArray[np.float32]
+Answers = tuple[Array, Array]
+"""Logits float32 (N, C) and embeddings float32 (N, D)."""
+Run = Callable[[NDArray[np.uint8]], Answers]
+"""Answers a batch uint8 (N, S, S, 3)."""
+
+
+class CannotStart(Exception):
+    """A backend that does not run here; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A started backend, as far as a proof needs it.
+
+    Attributes:
+        backend: as in `METASERVE_BACKEND`.
+        precision: that it computes in.
+        device: for example `cpu` or `cuda:0`.
+        runtime: library and version, in words.
+        run: answers a batch.
+        close: frees what it holds.
+    """
+
+    backend: str
+    precision: Precision
+    device: str
+    runtime: str
+    run: Run
+    close: Callable[[], None]
+
+
+OpenBackend = Callable[[str, Package], Candidate]
+"""Starts the backend of a name on a package, or raises CannotStart."""

@@ -1,0 +1,79 @@
+"""A network in half precision: everything but a named list of modules, which stay in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import ImageNorm, PositionNorm, SquaredReLU, StarReLU
+from models.metaformer import MetaFormer
+from models.tolerances import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+KEPT_IN_FLOAT32: tuple[type[nn.Module], ...] = (PositionNorm, ImageNorm, StarReLU, SquaredReLU)
+"""Norms lose their statistics in half precision and squares their range; the head stays too."""
+
+
+class InFloat32(nn.Module):
+    """A module that computes in float32 between neighbours in half precision."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module.float()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cast, run, cast back."""
+        return self.module(x.float()).to(self.dtype)  # type: ignore[no-any-return]
+
+
+class HalfNetwork(nn.Module):
+    """A network in half precision that takes and gives float32."""
+
+    def __init__(self, network: MetaFormer, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `MetaFormer.forward`."""
+        return self.network(x.to(self.dtype))  # type: ignore[no-any-return]
+
+
+def cast_network(network: MetaFormer, precision: Precision) -> nn.Module:
+    """Return the network with its weights in another precision; the given one is used up.
+
+    Args:
+        network: in float32; its modules are changed and moved into the result.
+        precision: `fp32` gives the network back as it is.
+
+    Returns:
+        Takes and gives what the network does, in float32 at its edges.
+    """
+    if precision == "fp32":
+        return network
+    dtype = DTYPES[precision]
+    network.to(dtype)
+    network.head.float()
+    for name, module in list(network.named_modules()):
+        if isinstance(module, KEPT_IN_FLOAT32) and not name.startswith("head."):
+            parent, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, InFloat32(module, dtype))
+    return HalfNetwork(network, dtype)
+
+
+def widen_network(network: nn.Module) -> nn.Module:
+    """Return a cast network with the same rounded weights, computing in float32; used up.
+
+    What it answers differs from the network's own answers by the rounding of the weights alone,
+    and from the cast network's by the rounding between layers alone.
+    """
+    for module in network.modules():
+        if isinstance(module, InFloat32 | HalfNetwork):
+            module.dtype = torch.float32
+    return network.float()
