@@ -19,7 +19,7 @@ from export.calibration import calibrate, check_float16
 from export.candidate import Answers
 from export.graph_runner import graph_run
 from export.onnx import OPSET, OPSET_BFLOAT16, export_onnx
-from export.verify import IMAGES, compare, judge, torch_answers, torch_run
+from export.verify import IMAGES, VerificationError, compare, judge, torch_answers, torch_run
 from models.build import build_network
 from models.checkpoints import load_checkpoint, save_weights
 from models.golden import golden_images
@@ -139,6 +139,10 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
     if request.weights:
         save_weights(network.state_dict(), checkpoint.head_norm_eps, folder / WEIGHTS)
     reference = torch_answers(model, request.input.size)
+    if not all(np.isfinite(array).all() for array in reference):
+        raise VerificationError(
+            f"{request.checkpoint.name} computes values that are not finite; its weights are broken"
+        )
     np.savez(folder / GOLDEN, logits=reference[0], embedding=reference[1])
     size, precision = request.input.size, request.precision
     calibration = calibrate(model, golden_images(size, IMAGES))
