@@ -1,11 +1,8 @@
-"""Checkpoint -> proven package: built beside its place, renamed into it when it is whole."""
+"""Checkpoint -> proven package."""
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +16,7 @@ from export.calibration import calibrate, check_float16
 from export.candidate import Answers
 from export.graph_runner import graph_run
 from export.onnx import OPSET, OPSET_BFLOAT16, export_onnx
+from export.staging import check_place, staged
 from export.verify import IMAGES, VerificationError, compare, judge, torch_answers, torch_run
 from models.build import build_network
 from models.checkpoints import load_checkpoint, save_weights
@@ -36,7 +34,6 @@ from models.package import (
     InputSpec,
     Manifest,
     Package,
-    PackageError,
     Source,
     check_name,
     hash_files,
@@ -110,19 +107,10 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
     out = request.out.resolve()
     for name in (request.name or out.name, request.version or "1"):
         check_name(name)
-    if out.exists() and not request.overwrite:
-        raise PackageError(f"{request.out} exists already; choose another --out or add --overwrite")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise PackageError(f"{request.out} is no model package and stays; choose another --out")
+    check_place(request.out, overwrite=request.overwrite)
     request.architecture.check_input_size(request.input.size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that the rename stays within one file system.
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with staged(out) as staging:
         _fill(staging, request, progress)
-        _publish(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return open_package(out)
 
 
@@ -204,33 +192,6 @@ def _prove_half(
     return (
         BackendProof(**rounding.model_dump(), backend="torch", precision=precision, device="cpu"),
     )
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Move a finished folder to its place; a package that was there goes only then."""
-    for path in (*staging.iterdir(), staging):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # a service runs as another user
-        _sync(path)
-    replaced = staging.with_name(staging.name + ".replaced")
-    if out.exists():
-        out.rename(replaced)
-    try:
-        staging.rename(out)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(out)
-        raise
-    _sync(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have what was written survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tool_versions() -> dict[str, str]:
