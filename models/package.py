@@ -3,6 +3,7 @@
 caformer_digits/
     manifest.json         what it is, the hash of every other file, the verification figures
     model.onnx            uint8 (N, S, S, 3) -> logits float32 (N, C), embedding float32 (N, D)
+    model.plan            that graph as a TensorRT engine, where one was built
     weights.safetensors   for the torch backend
     labels.txt            one label a line, in class order
     golden.npz            what torch in float32 answers to `golden_images`
@@ -34,6 +35,7 @@ from models.variants import (
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+PLAN = "model.plan"
 WEIGHTS = "weights.safetensors"
 LABELS = "labels.txt"
 GOLDEN = "golden.npz"
@@ -193,6 +195,40 @@ class Evaluation(_Frozen):
     top1: float
 
 
+class PlanSpec(_Frozen):
+    """What `model.plan` was built by, for and from; the engine fits nothing else.
+
+    Attributes:
+        module: the library, by the name it is imported by.
+        version: of the library.
+        compute_capability: of the GPU, for example `9.0`; None for an engine of `tensorrt_rtx`,
+            which fits every GPU that library knows.
+        operating_system: and processor, for example `linux-x86_64`.
+        min_batch_size: smallest batch of the optimisation profile.
+        opt_batch_size: the batch it is tuned for.
+        max_batch_size: largest batch.
+        precision: of the graph, which decides it.
+        onnx_sha256: of the `model.onnx` it was built from.
+        options: of the builder, as far as they may change the engine.
+    """
+
+    module: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    compute_capability: Annotated[str, StringConstraints(pattern=r"^[0-9]+\.[0-9]+$")] | None
+    operating_system: str
+    min_batch_size: Annotated[int, Field(ge=1)]
+    opt_batch_size: Annotated[int, Field(ge=1)]
+    max_batch_size: Annotated[int, Field(ge=1)]
+    precision: Literal["fp32", "fp16", "bf16"]
+    onnx_sha256: Sha256
+    options: dict[str, bool | int] = {}
+
+    @property
+    def key(self) -> str:
+        """A name that two engines share only where they are interchangeable."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:32]
+
+
 class Manifest(_Frozen):
     """`manifest.json`, format 1; the fields are the contract with every tool that reads it."""
 
@@ -214,6 +250,7 @@ class Manifest(_Frozen):
     proofs: tuple[BackendProof, ...] = ()
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
+    plan: PlanSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -227,6 +264,11 @@ class Package:
     def model_path(self) -> Path:
         """The ONNX file."""
         return self._require(MODEL, "the onnxruntime backend")
+
+    @property
+    def plan_path(self) -> Path:
+        """The TensorRT engine."""
+        return self._require(PLAN, "the tensorrt backend")
 
     @property
     def weights_path(self) -> Path:

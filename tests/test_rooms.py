@@ -55,6 +55,8 @@ HEAVY = {
     "safetensors": {"models.checkpoints", "app.backends.pytorch"},
     "onnx": {"export.onnx", "export.graph_runner"},
     "onnxruntime": {"models.onnx_runtime"},
+    "tensorrt": {"models.tensorrt"},
+    "tensorrt_rtx": {"models.tensorrt"},
     "timm": set[str](),
     "torchvision": set[str](),
     "sklearn": set[str](),
