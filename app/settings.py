@@ -40,8 +40,9 @@ class Settings(BaseSettings):
     model_store: Path | None = Field(None, description="A directory of model packages.")
     backend: Literal["onnxruntime", "torch", "tensorrt", "triton", "fake"] = Field(
         "onnxruntime",
-        description="What runs the network. `tensorrt` and `triton` are refused by this version; "
-        "`fake` answers from the mean of the pixels, for load tests.",
+        description="What runs the network. `tensorrt` needs a package with an engine for this "
+        "GPU; `triton` is refused by this version; `fake` answers from the mean of the pixels, "
+        "for load tests.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to run; `auto` takes a GPU where backend and machine have one."

@@ -51,7 +51,8 @@ PLAN = {
 HEAVY = {
     "torch": {"models.layers", "models.metaformer", "models.checkpoints", "models.build",
               "models.serving", "models.precision", "export.onnx", "export.verify",
-              "export.calibration", "export.publish", "app.backends.pytorch"},
+              "export.calibration", "export.publish", "app.backends.pytorch",
+              "app.backends.torch_cuda"},
     "safetensors": {"models.checkpoints", "app.backends.pytorch"},
     "onnx": {"export.onnx", "export.graph_runner"},
     "onnxruntime": {"models.onnx_runtime"},

@@ -32,6 +32,10 @@ def select_backend(settings: Settings, package: Package, threads: int) -> Backen
             from app.backends.pytorch import TorchBackend
 
             return TorchBackend(package, settings.device, threads)
+        case "tensorrt":
+            from app.backends.tensorrt import open_tensorrt
+
+            return open_tensorrt(package, settings.max_batch_size, settings.device)
         case "fake":
             from app.backends.fake import FakeBackend
 

@@ -14,11 +14,12 @@ from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package, find_package, open_package
+from tests.backends.fake_tensorrt import open_fake_tensorrt
 
 PATIENCE_SECONDS = 30.0
 
 # How far an image's numbers may move with its batch; torch chooses its kernels by size.
-BATCH_DEPENDENCE = {"fake": 0.0, "onnxruntime": 0.0, "torch": 1e-5}
+BATCH_DEPENDENCE = {"fake": 0.0, "onnxruntime": 0.0, "torch": 1e-5, "tensorrt": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ OPENERS: dict[str, Callable[[Package], Backend]] = {
     "fake": open_fake,
     "onnxruntime": open_onnxruntime,
     "torch": open_torch,
+    "tensorrt": open_fake_tensorrt,
 }
 
 
@@ -77,7 +79,7 @@ def part(rows: Rows, start: int, stop: int) -> Rows:
 def test_it_says_what_it_runs_and_where(backend: Backend, package: Package) -> None:
     info, manifest = backend.info, package.manifest
     assert info.name in OPENERS
-    assert info.device == "cpu"
+    assert info.device == ("cuda:0" if info.name == "tensorrt" else "cpu")
     assert info.precision == "fp32"
     assert info.runtime
     assert info.input_size == manifest.input.size

@@ -117,7 +117,7 @@ def test_a_provider_this_build_lacks_is_refused(
     assert "metaserve[gpu]" in sentence
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "triton"])
+@pytest.mark.parametrize("backend", ["triton"])
 def test_backends_of_later_versions_are_refused_in_words(package: Package, backend: str) -> None:
     sentence = refusal(package, backend=backend)
     assert f"no {backend} backend yet" in sentence

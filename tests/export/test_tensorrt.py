@@ -7,19 +7,20 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export import plan as plan_module
 from export.onnx import export_onnx
 from export.plan import add_plan, load_builder
 from export.tensorrt import BuildOptions, Phases, Profile, build_plan
+from export.tensorrt import _configure as configure
 from export.tensorrt_network import PlanError, parse_network, precision_of
 from models.gpu import Gpu, NoGpuError
 from models.package import (
@@ -31,10 +32,12 @@ from models.package import (
     open_package,
     sha256_file,
 )
+from models.precision import cast_network
 from models.serving import ServedModel
 from models.tensorrt import error_log, operating_system
-from models.variants import Architecture
-from tests.models.tiny import CAFORMER, POOLFORMERV2, network
+from models.tolerances import Precision
+from models.variants import Architecture, Mixer
+from tests.models.tiny import ABLATED, CAFORMER, POOLFORMERV2, network
 from tests.required import require
 
 SIZE = 8
@@ -132,16 +135,17 @@ def one_group_norm(path: Path, *, rank: int, opset: int = 21) -> Path:
     return save_graph(path, [*flat, norm, *back], initializers, opset)
 
 
-def served(architecture: Architecture, path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Export a tiny network of ours, in any precision, the way every package is."""
+def served(architecture: Architecture, path: Path, precision: Precision = "fp32") -> Path:
+    """Export a tiny network of ours the way every package is."""
     spec = InputSpec(size=architecture.input_size)
-    export_onnx(ServedModel(network(architecture), spec).to(dtype).eval(), spec.size, path)
+    model = ServedModel(cast_network(network(architecture), precision), spec).eval()
+    export_onnx(model, spec.size, path)
     return path
 
 
 @pytest.fixture(scope="module")
 def half_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return served(CAFORMER, tmp_path_factory.mktemp("half") / "model.onnx", torch.float16)
+    return served(CAFORMER, tmp_path_factory.mktemp("half") / "model.onnx", "fp16")
 
 
 # --- what is built
@@ -201,13 +205,17 @@ def test_half_precision_is_the_graphs(trt: Any, half_graph: Path) -> None:
     assert build(trt, half_graph, CAFORMER.input_size, precision="fp16")
 
 
-def test_bfloat16_graphs_build_too(
-    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # ONNX itself knows no bfloat16 Conv before opset 22; TensorRT reads one at 20 all the same.
-    monkeypatch.setattr(onnx.checker, "check_model", lambda *_, **__: None)
-    path = served(CAFORMER, tmp_path / "model.onnx", torch.bfloat16)
-    assert build(trt, path, CAFORMER.input_size, precision="bf16")
+def test_bfloat16_graphs_build_too_at_the_opset_that_allows_them(trt: Any, tmp_path: Path) -> None:
+    path = served(POOLFORMERV2, tmp_path / "model.onnx", "bf16")
+    assert onnx.load(path).opset_import[0].version > 20
+    assert build(trt, path, POOLFORMERV2.input_size, precision="bf16")
+
+
+@pytest.mark.parametrize("mixer", ["conv", "identity", "random"])
+def test_the_other_families_build(trt: Any, tmp_path: Path, mixer: Mixer) -> None:
+    architecture = replace(ABLATED, name=f"tiny_{mixer}", mixers=(mixer,) * 4)
+    path = served(architecture, tmp_path / "model.onnx")
+    assert build(trt, path, architecture.input_size)
 
 
 # --- the traps
@@ -325,6 +333,21 @@ def test_an_optimization_level_that_would_be_clamped_is_refused(trt: Any, tmp_pa
     path = plain_graph(tmp_path / "model.onnx")
     sentence = refusal(trt, path, options=BuildOptions(optimization_level=9))
     assert "9 is not within 0 to 5" in sentence
+
+
+def test_the_builder_is_told_what_the_options_say(trt: Any) -> None:
+    builder = trt.Builder(error_log(trt))
+    flags, pool = trt.BuilderFlag, trt.MemoryPoolType.WORKSPACE
+    exact = configure(trt, builder, BuildOptions())
+    assert not exact.get_flag(flags.TF32), "float32 is float32 unless it is asked for otherwise"
+    assert exact.get_flag(flags.REQUIRE_USER_ALLOCATION), "or CUDA graphs cannot capture it"
+    assert exact.builder_optimization_level == 3
+    options = BuildOptions(tf32=True, optimization_level=1, workspace_bytes=1 << 28)
+    fast = configure(trt, builder, options)
+    assert fast.get_flag(flags.TF32)
+    assert fast.builder_optimization_level == 1
+    assert fast.get_memory_pool_limit(pool) == 1 << 28
+    assert options.as_dict() == {"tf32": True, "optimization_level": 1, "workspace_bytes": 1 << 28}
 
 
 def test_a_build_that_fails_is_told_in_the_librarys_words(
