@@ -114,7 +114,9 @@ def add_plan(
         (staging / PLAN).write_bytes(_cached(cache, spec, build, progress))
         tools = manifest.tools | {spec.module: spec.version}
         changes = {"plan": spec, "files": dict(hash_files(staging)), "tools": tools}
-        described = manifest.model_copy(update=changes)
+        # What an engine that was there before has proven says nothing about this one.
+        proofs = tuple(proof for proof in manifest.proofs if proof.backend != "tensorrt")
+        described = manifest.model_copy(update=changes | {"proofs": proofs})
         (staging / MANIFEST).write_text(described.model_dump_json(indent=2) + "\n", "utf-8")
     return open_package(out)
 

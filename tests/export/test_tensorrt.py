@@ -25,6 +25,7 @@ from export.tensorrt_network import PlanError, parse_network, precision_of
 from models.gpu import Gpu, NoGpuError
 from models.package import (
     PLAN,
+    BackendProof,
     InputSpec,
     Package,
     PackageError,
@@ -451,6 +452,19 @@ def test_an_engine_can_be_replaced_where_it_is(trt: Any, package: Package, tmp_p
     assert second.manifest.plan is not None
     assert second.manifest.plan.max_batch_size == 4
     second.check_files()
+
+
+def test_what_an_earlier_engine_has_proven_goes_with_it(
+    trt: Any, package: Package, tmp_path: Path
+) -> None:
+    shown = package.manifest.verification.model_dump()
+    proofs = tuple(
+        BackendProof(**shown, backend=backend, precision="fp32", device="cuda:0")
+        for backend in ("tensorrt", "torch")
+    )
+    proven = Package(package.path, package.manifest.model_copy(update={"proofs": proofs}))
+    replaced = add_plan(proven, tmp_path / "out", trt, max_batch_size=2)
+    assert [proof.backend for proof in replaced.manifest.proofs] == ["torch"]
 
 
 def test_a_package_without_its_graph_or_with_a_damaged_one_is_refused(
