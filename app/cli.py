@@ -147,17 +147,18 @@ def _opener(arguments: argparse.Namespace) -> OpenBackend:
 
 def _models(_: argparse.Namespace) -> int:
     from models.package import MANIFEST, PRETRAINED
-    from models.variants import CHECKPOINTS
+    from models.variants import CHECKPOINTS, LICENCES
 
     print("embedded, served without a network:")
     for manifest in sorted(PRETRAINED.glob(f"*/{MANIFEST}")):
         print(f"  {manifest.parent.name}")
-    print("\npublished checkpoints (export them with --checkpoint FILE):")
+    print("\npublished checkpoints, fetched by `metaserve export NAME`, under either name:")
     print(f"  {'name':<32}{'timm':<40}{'classes':>8}{'px':>5}{'top-1':>7}")
     for entry in CHECKPOINTS.values():
         top1 = "-" if entry.top1 is None else f"{entry.top1:.1f}"
         hub_id = entry.hub_id or "-"
         print(f"  {entry.name:<32}{hub_id:<40}{entry.classes:>8}{entry.input_size:>5}{top1:>7}")
+    print(f"\n{LICENCES}")
     return 0
 
 

@@ -107,7 +107,8 @@ def load_model(state: ServiceState) -> LoadedModel:
     """
     settings, package = state.settings, state.package
     package.check_files()
-    _ = package.labels  # read now, so that a wrong file stops the start and not a request
+    # Read now, so that a wrong file stops the start and not a request.
+    _ = package.labels, package.wordnet_ids
     backend = select_backend(settings, package, settings.threads or cpu_limit())
     golden = check_golden(backend, package) if backend.info.runs_package else None
     limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)

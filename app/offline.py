@@ -41,7 +41,8 @@ class OfflineModel:
             InvalidInput: the image cannot be used.
         """
         logits = self._run(data).logits[0]
-        return self._json({"predictions": rank(logits, self._package.labels, top_k)})
+        labels, wordnet_ids = self._package.labels, self._package.wordnet_ids
+        return self._json({"predictions": rank(logits, labels, top_k, wordnet_ids)})
 
     def embed(self, data: bytes, normalize: bool) -> bytes:
         """Return what `/embed` answers to an image, without timings.

@@ -65,3 +65,14 @@ class Prediction:
     index: int
     label: str | None
     probability: np.float32
+
+
+@dataclass(frozen=True, slots=True)
+class WordNetPrediction(Prediction):
+    """One class of a ranking, in a package whose classes have WordNet ids.
+
+    Attributes:
+        wordnet_id: `n` and eight digits.
+    """
+
+    wordnet_id: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -27,10 +27,8 @@ from models.tolerances import Precision
 from models.variants import (
     Activation,
     Architecture,
-    CheckpointEntry,
     Mixer,
     ResidualScaling,
-    find_variant,
 )
 
 BACKENDS = ("onnxruntime", "torch", "tensorrt", "triton")
@@ -39,14 +37,10 @@ NEEDS_EXTRAS = "this needs {}; install metaserve[export,cpu] (in a checkout: mak
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `metaserve export`."""
-    parser.add_argument("variant", help="a name from `metaserve models`")
     parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="the weights: .safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
+        "variant", help="a name from `metaserve models`, or hf-hub:USER/REPOSITORY for your own"
     )
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="one label a line")
+    _add_source_arguments(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="package to create [VARIANT]")
     parser.add_argument("--name", help="name of the package [the directory's name]")
     parser.add_argument("--version", help="version of the package [hash of the weights]")
@@ -69,11 +63,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the norm in the head [1e-5 for official files, 1e-6 for timm's]",
     )
     shape = parser.add_argument_group(
-        "preprocessing", "defaults are those of the published weights"
+        "preprocessing", "defaults are those of config.json, or of the published weights"
     )
     shape.add_argument("--input-size", type=int, metavar="PX")
-    shape.add_argument("--crop-pct", type=float, default=1.0)
-    shape.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic")
+    shape.add_argument("--crop-pct", type=float)
+    shape.add_argument("--interpolation", choices=["bicubic", "bilinear"])
     shape.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
     shape.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
     ablation = parser.add_argument_group(
@@ -85,6 +79,29 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     ablation.add_argument(
         "--mixers", nargs=4, choices=get_args(Mixer), metavar="MIXER", help="one a stage"
     )
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("weights", "downloaded from the hub unless a file is given")
+    source.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the weights: .safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
+    )
+    source.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="timm's config.json of that file: labels and preprocessing",
+    )
+    source.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="one label a line, or a .json with label_names, or imagenet-1k, or imagenet-21k",
+    )
+    source.add_argument("--revision", metavar="REV", help="branch, tag or commit to download")
+    source.add_argument("--sha256", metavar="HEX", help="what the weights' file must have")
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,33 +124,46 @@ def run_export(arguments: argparse.Namespace) -> int:
         from export.calibration import OverflowsFloat16
         from export.proofs import format_proofs, format_verification
         from export.publish import ExportRequest, export_package
+        from export.source import SourceError, Wanted, find_source
         from export.verify import VerificationError
         from models.checkpoints import CheckpointError
     except ImportError as error:
         return _refuse(NEEDS_EXTRAS.format(error.name))
 
-    try:
-        architecture, entry = find_variant(arguments.variant)
-        if arguments.checkpoint is None:
-            return _refuse(_where_to_find(arguments.variant, entry))
-        architecture = _ablated(architecture, arguments)
-        input_spec = _input_spec(architecture, arguments)
-        architecture.check_input_size(input_spec.size)
-    except ValueError as error:
-        return _refuse(error)
     eps = arguments.head_norm_eps
     if eps is not None and not 0 < eps < 1:
         return _refuse(f"--head-norm-eps {eps} is no small positive number; 1e-6 is usual")
-    variant = arguments.variant.removeprefix("timm/")
-    request = ExportRequest(
-        variant=variant,
-        architecture=architecture,
+    wanted = Wanted(
+        variant=arguments.variant,
         checkpoint=arguments.checkpoint,
+        config=arguments.config,
+        labels=arguments.labels,
+        revision=arguments.revision,
+        sha256=arguments.sha256,
+    )
+    try:
+        # Lines, not steps: the progress bar of a download writes between them.
+        source = find_source(wanted, lambda line: print(line, file=sys.stderr))
+        architecture = _ablated(source.architecture, arguments)
+        input_spec = _input_spec(architecture, source.preprocessing, arguments)
+        architecture.check_input_size(input_spec.size)
+    except (SourceError, PackageError, ValueError) as error:
+        return _refuse(error)
+    except OSError as error:
+        return _refuse(f"{error.filename} cannot be read: {error.strerror}")
+    request = ExportRequest(
+        variant=source.variant,
+        architecture=architecture,
+        checkpoint=source.checkpoint,
         input=input_spec,
-        out=arguments.out or Path(variant),
+        out=arguments.out or Path(source.variant),
         name=arguments.name,
         version=arguments.version,
-        labels=arguments.labels,
+        names=source.names,
+        classes=source.classes,
+        file=source.file,
+        repository=source.repository,
+        commit=source.commit,
         head_norm_eps=eps,
         ema=not arguments.no_ema,
         precision=arguments.precision,
@@ -225,16 +255,6 @@ def _prove_backends(
     return 2 if faults else 0
 
 
-def _where_to_find(variant: str, entry: CheckpointEntry | None) -> str:
-    """Return the sentence for an export without a checkpoint."""
-    if entry is None:
-        return f"give the weights for {variant} with --checkpoint FILE"
-    places = [f"{entry.file} of the Hugging Face repository sail/dl"]
-    if entry.hub_id is not None:
-        places.append(f"model.safetensors of timm/{entry.hub_id}")
-    return f"download {' or '.join(places)}, then give it with --checkpoint FILE"
-
-
 def _backends(text: str) -> list[str]:
     names = list(dict.fromkeys(text.split(",")))
     unknown = [name for name in names if name not in BACKENDS]
@@ -265,23 +285,22 @@ def _ablated(architecture: Architecture, arguments: argparse.Namespace) -> Archi
     return replace(architecture, **changes)
 
 
-def _input_spec(architecture: Architecture, arguments: argparse.Namespace) -> InputSpec:
-    stated = {
-        name: tuple(value)
-        for name in ("mean", "std")
-        if (value := getattr(arguments, name)) is not None
+def _input_spec(
+    architecture: Architecture, stated: Mapping[str, Any], arguments: argparse.Namespace
+) -> InputSpec:
+    """Return the preprocessing: flags go before what belongs to the weights."""
+    flags = {"size": arguments.input_size} | {
+        name: getattr(arguments, name) for name in ("crop_pct", "interpolation", "mean", "std")
     }
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return InputSpec(
-            size=arguments.input_size or architecture.input_size,
-            crop_pct=arguments.crop_pct,
-            interpolation=arguments.interpolation,
-            **stated,
-        )
+        return InputSpec.model_validate({"size": architecture.input_size, **stated, **given})
     except ValidationError as error:
         fault = error.errors()[0]
-        flag = str(fault["loc"][0]).replace("_", "-").replace("size", "input-size")
-        raise ValueError(f"--{flag} {fault['input']}: {fault['msg'].lower()}") from error
+        name = str(fault["loc"][0])
+        flag = f"--{name.replace('_', '-').replace('size', 'input-size')}"
+        where = flag if name in given else f"{name} in config.json:"
+        raise ValueError(f"{where} {fault['input']}: {fault['msg'].lower()}") from error
 
 
 class _Steps:

@@ -20,10 +20,10 @@ from export.staging import check_place, staged
 from export.verify import IMAGES, VerificationError, compare, judge, torch_answers, torch_run
 from models.build import build_network
 from models.checkpoints import load_checkpoint, save_weights
+from models.classes import ClassNames
 from models.golden import golden_images
 from models.package import (
     GOLDEN,
-    LABELS,
     MANIFEST,
     MODEL,
     WEIGHTS,
@@ -34,11 +34,11 @@ from models.package import (
     InputSpec,
     Manifest,
     Package,
+    PackageError,
     Source,
     check_name,
     hash_files,
     open_package,
-    parse_labels,
 )
 from models.precision import cast_network, widen_network
 from models.serving import ServedModel
@@ -60,7 +60,11 @@ class ExportRequest:
         out: the package directory to create.
         name: of the package; the directory's name when None.
         version: of the package; made from the hash of the weights when None.
-        labels: a file with one label a line.
+        names: of the classes.
+        classes: outputs the classifier must have; as many as it has when None.
+        file: the checkpoint's path in its repository; its name when None.
+        repository: on the hub, where the checkpoint came from one.
+        commit: of the repository.
         precision: of the graph; the weights file stays in float32.
         head_norm_eps: of the norm in an `mlp` head; the checkpoint's own when None.
         ema: prefer the moving average in a training checkpoint.
@@ -77,7 +81,11 @@ class ExportRequest:
     out: Path
     name: str | None = None
     version: str | None = None
-    labels: Path | None = None
+    names: ClassNames | None = None
+    classes: int | None = None
+    file: str | None = None
+    repository: str | None = None
+    commit: str | None = None
     precision: Precision = "fp32"
     head_norm_eps: float | None = None
     ema: bool = True
@@ -121,9 +129,13 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
         checkpoint = replace(checkpoint, head_norm_eps=request.head_norm_eps)
     network = build_network(request.architecture, checkpoint)
     model = ServedModel(network, request.input).eval()
-    if request.labels is not None:
-        labels = parse_labels(request.labels, checkpoint.classes)
-        (folder / LABELS).write_text("".join(f"{label}\n" for label in labels), "utf-8")
+    if request.classes not in (None, checkpoint.classes):
+        raise PackageError(
+            f"{request.checkpoint.name} has {checkpoint.classes} classes, and {request.classes} "
+            "are stated for it"
+        )
+    if request.names is not None:
+        request.names.write(folder, checkpoint.classes)
     if request.weights:
         save_weights(network.state_dict(), checkpoint.head_norm_eps, folder / WEIGHTS)
     reference = torch_answers(model, request.input.size)
@@ -161,7 +173,11 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
         tools=tool_versions(),
         files=dict(hash_files(folder)),
         source=Source(
-            file=request.checkpoint.name, sha256=checkpoint.sha256, layout=checkpoint.layout
+            file=request.file or request.checkpoint.name,
+            sha256=checkpoint.sha256,
+            layout=checkpoint.layout,
+            repository=request.repository,
+            commit=request.commit,
         ),
         verification=verification,
         proofs=proofs,

@@ -6,6 +6,7 @@ caformer_digits/
     model.plan            that graph as a TensorRT engine, where one was built
     weights.safetensors   for the torch backend
     labels.txt            one label a line, in class order
+    wordnet_ids.txt       one WordNet id a line, in class order
     golden.npz            what torch in float32 answers to `golden_images`
 """
 
@@ -38,6 +39,7 @@ MODEL = "model.onnx"
 PLAN = "model.plan"
 WEIGHTS = "weights.safetensors"
 LABELS = "labels.txt"
+WORDNET_IDS = "wordnet_ids.txt"
 GOLDEN = "golden.npz"
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -50,6 +52,7 @@ MAX_GOLDEN = 64
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
 Triple = tuple[float, float, float]
@@ -104,11 +107,21 @@ class ArchitectureSpec(_Frozen):
 
 
 class Source(_Frozen):
-    """Where the weights came from."""
+    """Where the weights came from.
+
+    Attributes:
+        file: its name, or its path in the repository.
+        sha256: of the file.
+        layout: how it names the weights.
+        repository: on the hub, where it was downloaded from one.
+        commit: of the repository.
+    """
 
     file: str
     sha256: Sha256
     layout: Literal["timm", "official"]
+    repository: str | None = None
+    commit: str | None = None
 
 
 class Verification(_Frozen):
@@ -287,6 +300,20 @@ class Package:
         return parse_labels(self.path / LABELS, self.manifest.classes)
 
     @cached_property
+    def wordnet_ids(self) -> tuple[str, ...] | None:
+        """One WordNet id a class, or None where the package has none.
+
+        Raises:
+            PackageError: there are more or fewer than classes, or one is no WordNet id.
+        """
+        if WORDNET_IDS not in self.manifest.files:
+            return None
+        ids = parse_labels(self.path / WORDNET_IDS, self.manifest.classes)
+        if not all(WORDNET_ID.fullmatch(one) for one in ids):
+            raise PackageError(f"{self.path / WORDNET_IDS} holds lines that are no WordNet ids")
+        return ids
+
+    @cached_property
     def golden(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Logits (N, C) and embeddings (N, D) of torch in float32 for `golden_images`.
 
@@ -393,14 +420,23 @@ def parse_labels(path: Path, classes: int) -> tuple[str, ...]:
     Raises:
         PackageError: not UTF-8, or another number of lines than classes.
     """
-    try:
-        # Not `splitlines`, which also splits at characters that may stand in a label.
-        lines = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"labels file {path} cannot be read as UTF-8 text: {error}") from error
+    lines = read_lines(path)
     if len(lines) != classes:
         raise PackageError(f"{path} holds {len(lines)} labels for {classes} classes")
-    return tuple(lines)
+    return lines
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """Read the lines of a text file, without their ends.
+
+    Raises:
+        PackageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        # Not `splitlines`, which also splits at characters that may stand in a label.
+        return tuple(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"labels file {path} cannot be read as UTF-8 text: {error}") from error
 
 
 def check_name(name: str) -> None:

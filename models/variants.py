@@ -229,6 +229,12 @@ CHECKPOINTS: dict[str, CheckpointEntry] = {
 }
 
 
+LICENCES = (
+    "The hub marks these weights Apache-2.0; the images they were trained on are under ImageNet's "
+    "terms (https://image-net.org/download)."
+)
+
+
 def find_variant(name: str) -> tuple[Architecture, CheckpointEntry | None]:
     """Look a name up among architectures, official checkpoint names and timm hub ids.
 

@@ -55,6 +55,7 @@ HEAVY = {
               "app.backends.torch_cuda"},
     "safetensors": {"models.checkpoints", "app.backends.pytorch"},
     "onnx": {"export.onnx", "export.graph_runner"},
+    "huggingface_hub": {"export.hub"},
     "onnxruntime": {"models.onnx_runtime"},
     "tensorrt": {"models.tensorrt"},
     "tensorrt_rtx": {"models.tensorrt"},

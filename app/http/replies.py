@@ -26,7 +26,8 @@ Fields = dict[str, Any]
 def classify_fields(state: ServiceState, answered: Answered, top_k: int) -> Fields:
     """Rank an image's classes."""
     started_at = time.monotonic()
-    predictions = rank(answered.row.logits, state.package.labels, top_k)
+    package = state.package
+    predictions = rank(answered.row.logits, package.labels, top_k, package.wordnet_ids)
     state.metrics.stage_duration["rank"].observe(time.monotonic() - started_at)
     return {"predictions": predictions}
 

@@ -44,6 +44,12 @@ class Prediction(BaseModel):
     probability: float
 
 
+class WordNetPrediction(Prediction):
+    """One class of a ranking, where the package's classes have WordNet ids."""
+
+    wordnet_id: str
+
+
 class ErrorObject(BaseModel):
     """What went wrong: a stable code and a sentence."""
 
@@ -67,7 +73,7 @@ class ItemError(BaseModel):
 class ClassifyItem(BaseModel):
     """The ranking of one image among several, most probable class first."""
 
-    predictions: list[Prediction]
+    predictions: list[Prediction | WordNetPrediction]
     timing_ms: Timing
 
 

@@ -5,25 +5,33 @@ from __future__ import annotations
 import numpy as np
 
 from app.errors import InferenceFailed
-from app.types import Prediction, Vector
+from app.types import Prediction, Vector, WordNetPrediction
+
+Names = tuple[str, ...]
 
 
-def rank(logits: Vector, labels: tuple[str, ...] | None, top_k: int) -> list[Prediction]:
+def rank(
+    logits: Vector, labels: Names | None, top_k: int, wordnet_ids: Names | None = None
+) -> list[Prediction]:
     """Return the most probable classes, best first; of equals, the lower index first.
 
     Args:
         logits: float32 (C,).
         labels: one per class, or None.
         top_k: how many, at least 1; more than C gives C.
+        wordnet_ids: one per class, or None.
 
     Raises:
         InferenceFailed: a logit is NaN or infinite upwards.
     """
     probabilities = _softmax(logits)
-    return [
-        Prediction(int(index), labels[index] if labels else None, probabilities[index])
-        for index in _largest(logits, min(top_k, len(logits)))
-    ]
+    predictions = []
+    for index in _largest(logits, min(top_k, len(logits))):
+        known = index, labels[index] if labels else None, probabilities[index]
+        predictions.append(
+            WordNetPrediction(*known, wordnet_ids[index]) if wordnet_ids else Prediction(*known)
+        )
+    return predictions
 
 
 def normalise(embedding: Vector) -> Vector:

@@ -17,6 +17,7 @@ from app.images.prepare import prepare_image
 from examples.digits.data import held_out
 from export.proofs import format_verification
 from export.publish import ExportRequest, export_package
+from models.classes import read_names
 from models.package import Evaluation, InputSpec, Package
 from models.variants import CAFORMER_DIGITS
 
@@ -53,7 +54,7 @@ def main() -> None:
         input=InputSpec(size=CAFORMER_DIGITS.input_size),
         out=arguments.out,
         name=CAFORMER_DIGITS.name,
-        labels=LABELS,
+        names=read_names(LABELS),
         overwrite=True,
         evaluation=evaluate,
     )
