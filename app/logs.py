@@ -117,12 +117,19 @@ def _dropped_lines(count: int) -> logging.LogRecord:
     return logging.LogRecord("metaserve.logs", logging.WARNING, "", 0, said, None, None)
 
 
-def configure_logs(level: str, log_format: Literal["auto", "json", "text"]) -> None:
+LogFormat = Literal["auto", "json", "text"]
+
+
+def is_text(log_format: LogFormat, stream: TextIO | None) -> bool:
+    """Return whether log lines on a stream are for people to read."""
+    return log_format == "text" or (log_format == "auto" and stream is not None and stream.isatty())
+
+
+def configure_logs(level: str, log_format: LogFormat) -> None:
     """Send every log line of the process to standard error in one form."""
     stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it stays open to the end
     handler = BackgroundHandler(stream)
-    as_text = log_format == "text" or (log_format == "auto" and stream.isatty())
-    handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
+    handler.setFormatter(TextFormatter() if is_text(log_format, stream) else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     # The server's own lines about starting and stopping say less than ours.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from app.engine.local import LocalEngine
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow
 from app.errors import StartupError
+from app.first_use import locate_package
 from app.http.app import create_app
 from app.http.pool import CpuPool
 from app.http.state import LoadedModel, ServiceState
-from app.logs import configure_logs
+from app.logs import configure_logs, is_text
 from app.metrics import Metrics
 from app.server import Server, bind
 from app.settings import Settings
-from models.package import PackageError, find_package, open_package
+from models.package import PackageError, open_package
 
 log = logging.getLogger("metaserve")
 
@@ -82,12 +84,14 @@ def build_state(settings: Settings) -> ServiceState:
     Raises:
         StartupError: a setting cannot be met.
         PackageError: there is no such package.
+        SystemExit: it was to be exported on first use, and that failed or was ended.
     """
     if settings.workers > 1:
         raise StartupError(
             "this version serves with METASERVE_WORKERS=1; run several replicas for more"
         )
-    package = open_package(find_package(settings.model, settings.model_store))
+    relay = not is_text(settings.log_format, sys.stderr)
+    package = open_package(locate_package(settings, log.info, relay))
     threads = settings.threads or cpu_limit()
     return ServiceState(
         settings=settings,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import orjson
 
 from app.backends.select import select_backend
 from app.cpu import cpu_limit
 from app.engine.loading import check_golden
+from app.first_use import locate_package
 from app.images.rank import normalise, rank
 from app.images.read import read_image
 from app.settings import Settings
 from app.types import Rows
-from models.package import find_package, open_package
+from models.package import open_package
 
 
 class OfflineModel:
@@ -24,11 +27,12 @@ class OfflineModel:
     Raises:
         StartupError: the backend cannot run here.
         PackageError: there is no such package, or it is damaged.
+        SystemExit: it was to be exported on first use, and that failed or was ended.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._package = open_package(find_package(settings.model, settings.model_store))
+        self._package = open_package(locate_package(settings, _say, relay=False))
         self._package.check_files()
         self._backend = select_backend(settings, self._package, settings.threads or cpu_limit())
         if self._backend.info.runs_package:
@@ -69,3 +73,7 @@ class OfflineModel:
         manifest = self._package.manifest
         head = {"model": manifest.name, "version": manifest.version}
         return orjson.dumps(head | fields, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -35,9 +35,14 @@ class Settings(BaseSettings):
 
     model: str = Field(
         "caformer_digits",
-        description="A package directory, a name in the model store, or an embedded model.",
+        description="A package directory, a name in the model store, an embedded model, or a "
+        "published checkpoint, which is fetched and exported on first use.",
     )
-    model_store: Path | None = Field(None, description="A directory of model packages.")
+    model_store: Path | None = Field(
+        None,
+        description="A directory of model packages. Unset, what is exported on first use goes into "
+        "the user's cache directory.",
+    )
     backend: Literal["onnxruntime", "torch", "tensorrt", "triton", "fake"] = Field(
         "onnxruntime",
         description="What runs the network. `tensorrt` needs a package with an engine for this "

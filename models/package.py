@@ -13,6 +13,7 @@ caformer_digits/
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 class PackageError(Exception):
     """A package that cannot be used; the message is one sentence that says why."""
+
+
+class PackageNotFound(PackageError):
+    """There is nothing of that name."""
 
 
 class _Frozen(BaseModel):
@@ -382,16 +387,29 @@ def open_package(path: Path) -> Package:
     return Package(path, manifest)
 
 
+def user_cache() -> Path | None:
+    """Return where packages are kept that were exported on first use; None without a home."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        cache = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user without an entry, as containers have
+        return None
+    return cache / "metaserve/models"
+
+
 def find_package(model: str, store: Path | None = None) -> Path:
-    """Resolve what `METASERVE_MODEL` says: a directory, a name in the store, or an embedded name.
+    """Resolve what `METASERVE_MODEL` says.
+
+    That is a directory, or a name: in the store, embedded, or exported on first use before.
 
     Raises:
-        PackageError: nothing of that name; the sentence lists what there is.
+        PackageNotFound: nothing of that name; the sentence lists what there is.
+        PackageError: the place cannot be read.
     """
+    roots = [root for root in (store, PRETRAINED, user_cache()) if root is not None]
     candidates = [Path(model)] if "/" in model or model.startswith(".") else []
     if not candidates:
-        candidates = [root / model for root in (store, PRETRAINED) if root is not None]
-        candidates.append(Path(model))
+        candidates = [*(root / model for root in roots), Path(model)]
     if store is not None and not store.is_dir():
         raise PackageError(f"the model store {store} is no directory that can be read")
     for candidate in candidates:
@@ -400,15 +418,9 @@ def find_package(model: str, store: Path | None = None) -> Path:
                 return candidate
         except OSError as error:
             raise PackageError(f"{candidate} cannot be read: {error.strerror}") from error
-    known = sorted(
-        {
-            manifest.parent.name
-            for root in (store, PRETRAINED)
-            if root is not None
-            for manifest in root.glob(f"*/{MANIFEST}")
-        }
-    )
-    raise PackageError(
+    manifests = [path for root in roots for path in sorted(root.glob(f"[!.]*/{MANIFEST}"))]
+    known = dict.fromkeys(path.parent.name for path in manifests)
+    raise PackageNotFound(
         f"there is no model package {model!r}; give a package directory or one of: "
         f"{', '.join(known) or 'none found'}"
     )

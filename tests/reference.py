@@ -39,8 +39,12 @@ with _no_fake_kernels():  # timm imports torchvision
     import timm
     from timm.data.transforms_factory import create_transform
     from timm.models import metaformer as timm_metaformer
+    from timm.models import save_for_hf
 
 Model = TypeVar("Model", bound=nn.Module)
+
+save_as_timm = save_for_hf
+"""What `timm.models.push_to_hf_hub` writes before it pushes."""
 
 POINTWISE = ("pwconv1", "pwconv2", "fc1", "fc2")
 

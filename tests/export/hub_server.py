@@ -38,6 +38,7 @@ class Hub:
         status: answered to everything when set.
         faults: of the next downloads, one each, in the middle of the body.
         stalls: whether even the first question gets no answer.
+        together: where set, questions wait for each other, so many at a time.
         asked: every request so far.
     """
 
@@ -47,6 +48,7 @@ class Hub:
     status: int | None = None
     faults: list[Fault] = field(default_factory=list)
     stalls: bool = False
+    together: threading.Barrier | None = None
     asked: list[Asked] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     port: int = 0
@@ -92,6 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
             hub.released.wait(60)
             self.close_connection = True
             return
+        if hub.together is not None and self.command == "HEAD":
+            hub.together.wait(60)
         if hub.status is not None:
             self._send(hub.status, {})
             return

@@ -374,7 +374,10 @@ def test_an_ablation_is_exported_and_rebuilt_from_the_manifest(tmp_path: Path) -
     assert run("verify", out) == 0
 
 
-def test_packages_are_found_by_path_by_name_in_the_store_and_embedded(copy: Path) -> None:
+def test_packages_are_found_by_path_by_name_in_the_store_and_embedded(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     assert find_package(str(copy)) == copy
     assert find_package("copy", copy.parent) == copy
     assert find_package("caformer_digits") == PRETRAINED / "caformer_digits"

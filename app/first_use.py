@@ -1,0 +1,180 @@
+"""A published checkpoint that there is no package of yet: exported on first use.
+
+A child process fetches, exports and proves, so that torch is never loaded here. It works in a
+hidden folder of the store, and one rename puts the finished package into its place: of two
+services that start at once, one rename wins and the other service takes that package.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from app.errors import StartupError
+from app.settings import Settings
+from models.package import PackageNotFound, find_package, user_cache
+from models.variants import find_variant
+
+# From SIGINT to SIGKILL: time for the child to remove what it had half downloaded.
+END_SECONDS = 5.0
+
+Say = Callable[[str], None]
+
+
+def locate_package(settings: Settings, say: Say, relay: bool) -> Path:
+    """Find the package that `METASERVE_MODEL` names, exporting a published checkpoint if need be.
+
+    Args:
+        settings: which model, and where packages are.
+        say: told in a line what is going on.
+        relay: whether `say` gets the export's own lines too; else they go to standard error as
+            they are, with its progress bar.
+
+    Raises:
+        PackageError: there is no such package, and no published checkpoint of that name.
+        StartupError: the export cannot be stored, or failed and `say` was given its lines.
+        SystemExit: the export failed and has said why (2), or SIGTERM came (143).
+    """
+    try:
+        return find_package(settings.model, settings.model_store)
+    except PackageNotFound:
+        variant = settings.model.removeprefix("timm/")
+        if not _is_published(variant):
+            raise
+    try:
+        return find_package(variant, settings.model_store)
+    except PackageNotFound:
+        pass
+    store = _store(settings)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".first_use.", dir=store) as folder:
+            say(f"there is no package {variant} yet: fetching and exporting it into {store}, once")
+            _export(variant, Path(folder) / variant, say if relay else None)
+            _publish(Path(folder) / variant, store / variant)
+    except OSError as error:
+        raise StartupError(
+            f"{variant} cannot be exported into {store} ({error.strerror}); "
+            "set METASERVE_MODEL_STORE to a directory that can be written"
+        ) from error
+    return find_package(variant, store)
+
+
+def _is_published(variant: str) -> bool:
+    try:
+        return find_variant(variant)[1] is not None
+    except ValueError:
+        return False
+
+
+def _store(settings: Settings) -> Path:
+    store = settings.model_store or user_cache()
+    if store is None:
+        raise StartupError(
+            f"there is no home directory to export {settings.model} into; set METASERVE_MODEL_STORE"
+        )
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"{store} cannot be made for {settings.model} ({error.strerror}); "
+            "set METASERVE_MODEL_STORE to a directory that can be written"
+        ) from error
+    return store
+
+
+def _publish(package: Path, place: Path) -> None:
+    try:
+        package.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        # Another service was faster; its package is as good.
+
+
+def _export(variant: str, out: Path, heard: Say | None) -> None:
+    """Run `metaserve export` to its end.
+
+    Raises:
+        StartupError: it failed, and its sentence went to `heard`.
+        SystemExit: it failed and said why on standard error.
+    """
+    # -P: a folder `app` or `models` in the working directory is not ours.
+    command = [sys.executable, "-P", "-m", "app", "export", variant, "--out", str(out)]
+    lines: list[str] = []
+
+    def hear(line: str) -> None:
+        lines.append(line)
+        if heard is not None and not line.startswith("metaserve: "):
+            heard(line)
+
+    code = _run(command, hear if heard is not None else None)
+    if code == 0:
+        return
+    if code < 0:
+        raise StartupError(
+            f"exporting {variant} was ended by {signal.Signals(-code).name}; it needs about 2 GB "
+            "of memory, and can be done elsewhere with `metaserve export`"
+        )
+    if heard is None:
+        raise SystemExit(code)
+    said = lines[-1].removeprefix("metaserve: ") if lines else f"exit code {code}"
+    raise StartupError(f"{variant} cannot be exported on first use: {said}")
+
+
+def _run(command: list[str], hear: Say | None) -> int:
+    """Run a process to its end, or end it when we are told to stop; returns the exit code."""
+    with _sigterm_raises():
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE if hear is not None else None,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C comes to us alone, and we pass it on once
+        )
+        try:
+            if child.stderr is not None and hear is not None:
+                for line in child.stderr:
+                    hear(line.rstrip("\n"))
+            return child.wait()
+        finally:
+            _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    if child.stderr is not None:
+        child.stderr.close()
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit; alone it would end us without the child, or, as PID 1, not."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
