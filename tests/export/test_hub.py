@@ -154,7 +154,11 @@ def test_a_cut_connection_is_resumed_where_it_broke(fetcher: Fetcher) -> None:
     assert ranges == [None, f"bytes={piece}-"]
 
 
-def test_a_file_that_is_not_what_was_announced_is_refused_and_removed(fetcher: Fetcher) -> None:
+@pytest.mark.parametrize("variables", [{}, {"HF_HUB_DISABLE_SYMLINKS": "1"}])
+def test_a_file_that_is_not_what_was_announced_is_refused_and_removed(
+    hub: Hub, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    fetcher = Fetcher(hub, tmp_path / "home", variables)
     fetcher.hub.announced = {SHA256: "0" * 64}
     sentence = fetcher.refuse()
     assert f"damaged (sha256 {SHA256[:12]}..., the hub announces 000000000000...)" in sentence

@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import save, save_file
 
 from app.cli import main
+from app.http.schemas import ClassifyOne
 from export.source import SourceError, Wanted, find_source
 from export.timm_config import read_timm_config
 from models.classes import FOLDER, NOTICE, SHIPPED_CLASSES, read_names, shipped_names
@@ -88,6 +89,8 @@ def test_a_fine_tune_on_the_hub_is_exported_and_served_as_it_was_evaluated(tmp_p
     }  # fmt: skip
     with running_service("onnxruntime", package=out) as service:
         reply = service.client.post("/classify", content=IMAGE.read_bytes())
+    validated = ClassifyOne.model_validate_json(reply.content, strict=True)
+    assert validated.model_dump() == reply.json()
     predictions = sorted(reply.json()["predictions"], key=lambda one: int(one["index"]))
     named = [(one["label"], one["wordnet_id"]) for one in predictions]
     assert named == [("zero", IDS[0]), ("one, single", IDS[1]), (IDS[2], IDS[2])]

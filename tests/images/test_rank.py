@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from app.errors import InferenceFailed
 from app.images.rank import normalise, rank
-from app.types import Vector
+from app.types import Vector, WordNetPrediction
 
 
 def softmax(logits: Vector) -> NDArray[np.float64]:
@@ -118,3 +118,14 @@ def test_normalise_gives_length_one_or_zero(embedding: Vector) -> None:
         assert not found.any()
     np.testing.assert_array_equal(embedding, before)
     assert not np.shares_memory(found, embedding)
+
+
+def test_wordnet_ids_stand_beside_the_labels_of_their_classes() -> None:
+    logits = np.array([0, 2, 1], np.float32)
+    found = rank(logits, ("cat", "dog", "bird"), 2, ("n00000000", "n00000001", "n00000002"))
+    assert [
+        (one.index, one.label, one.wordnet_id)
+        for one in found
+        if isinstance(one, WordNetPrediction)
+    ] == [(1, "dog", "n00000001"), (2, "bird", "n00000002")]
+    assert not any(isinstance(one, WordNetPrediction) for one in rank(logits, None, 2))

@@ -129,7 +129,9 @@ def test_a_package_from_a_first_use_is_found_later_without_a_network(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert main(["classify", "--model", name, "--threads", "1", str(IMAGE)]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["model"] == NAME
+    answer = json.loads(captured.out)
+    assert answer["model"] == NAME
+    assert answer["predictions"][0]["wordnet_id"].startswith("n")
     assert captured.err == ""
 
 
