@@ -57,6 +57,16 @@ class Settings(BaseSettings):
         description="Execution provider of the onnxruntime backend; `auto` follows DEVICE. "
         "One that is missing is an error at start.",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="Capture a CUDA graph for each batch size on a GPU; off where capturing makes "
+        "trouble.",
+    )
+    ort_cache_dir: Path | None = Field(
+        None,
+        description="Where the TensorRT provider of onnxruntime keeps its engines; "
+        "~/.cache/metaserve/onnxruntime when unset.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8000, description="Port to listen on; 0 takes a free one and logs it."

@@ -5,36 +5,52 @@ from __future__ import annotations
 import math
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from app.backends.base import BackendInfo
-from app.errors import StartupError, first_line
+from app.backends.buckets import bucket_sizes
+from app.backends.ort_device import BoundBuckets
+from app.backends.ort_session import CPU, CUDA, TENSORRT, SessionPlan, open_session
+from app.errors import StartupError
 from app.types import Batch, Rows
 from models.onnx_runtime import import_onnxruntime
-from models.package import Package
+from models.package import MODEL, Package
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+_PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 
 
 class OnnxRuntimeBackend:
     """One session over the package's `model.onnx`.
 
+    On the CPU a batch is one run of the session, as large as it is. On a GPU it is padded to the
+    next of the sizes 1, 2, 4 ... `max_batch_size`, each with buffers of its own on the device.
+
     Args:
         package: the model.
         provider: what runs the graph; `auto` takes CUDA where the library and a GPU are there.
         threads: that one run may use on the CPU.
+        max_batch_size: images a batch may hold on a GPU.
+        cuda_graphs: whether the CUDA provider captures a CUDA graph for each size.
+        cache_dir: where the TensorRT provider keeps its engines; below the user's `.cache` when
+            None.
 
     Raises:
-        StartupError: the library or the provider asked for is missing or does not start.
+        StartupError: the library or the provider asked for is missing or does not start, or
+            cannot run the package's precision.
     """
 
-    def __init__(self, package: Package, provider: Provider, threads: int) -> None:
+    def __init__(
+        self,
+        package: Package,
+        provider: Provider,
+        threads: int,
+        max_batch_size: int = 32,
+        *,
+        cuda_graphs: bool = True,
+        cache_dir: Path | None = None,
+    ) -> None:
         _refuse_two_distributions()
         try:
             ort = import_onnxruntime()
@@ -43,52 +59,58 @@ class OnnxRuntimeBackend:
                 "the onnxruntime backend needs the package onnxruntime; "
                 "install metaserve[cpu] or metaserve[gpu]"
             ) from error
-
-        available = ort.get_available_providers()
-        chosen = _choose(provider, available)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Idle threads that spin take the cores that decode images.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        if chosen != _PROVIDERS["cpu"]:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            ort.preload_dlls()
-        try:
-            self._session = ort.InferenceSession(
-                str(package.model_path), options, providers=[chosen]
-            )
-        except Exception as error:  # the library raises bare RuntimeErrors of its own making
+        chosen = _choose(provider, ort.get_available_providers())
+        manifest, size = package.manifest, package.manifest.input.size
+        if manifest.precision == "bf16" and chosen == CPU:
             raise StartupError(
-                f"onnxruntime cannot load {package.model_path} on {chosen}: {first_line(error)}"
-            ) from error
-        running = self._session.get_providers()[0]
-        if running != chosen:
-            raise StartupError(
-                f"onnxruntime fell back to {running} where {chosen} was asked for; "
-                "check the driver and the CUDA libraries, or set METASERVE_DEVICE=cpu"
+                f"{package.path} is a bf16 package, which onnxruntime does not run on a CPU; "
+                "export it with --precision fp32, or set METASERVE_BACKEND=torch"
             )
-        on_cpu = chosen == _PROVIDERS["cpu"]
-        manifest = package.manifest
+        plan = SessionPlan(
+            package.model_path,
+            chosen,
+            threads,
+            size,
+            bucket_sizes(max_batch_size),
+            exact_float32=manifest.precision == "fp32",
+            cuda_graphs=cuda_graphs and chosen == CUDA,
+            cache_dir=cache_dir,
+            graph_hash=manifest.files[MODEL],
+        )
+        session, plan = open_session(ort, plan)
+        widths = manifest.classes, manifest.embedding_dim
+        self._session: Any = session
+        self._bound: BoundBuckets | None = None
+        path = f"{threads} threads"
+        if chosen != CPU:
+            graphs = plan.cuda_graphs
+            self._bound = BoundBuckets(
+                ort, session, "cuda", plan.sizes, size, widths, graphs=graphs
+            )
+            path = "CUDA graphs" if graphs else "no CUDA graphs"
         self.info = BackendInfo(
             name="onnxruntime",
-            device="cpu" if on_cpu else "cuda:0",
+            device="cpu" if chosen == CPU else "cuda:0",
             precision=manifest.precision,
-            runtime=f"onnxruntime {ort.__version__} {chosen}"
-            + (f", {threads} threads" if on_cpu else ""),
-            input_size=manifest.input.size,
+            runtime=f"onnxruntime {ort.__version__} {chosen}, {path}",
+            input_size=size,
             classes=manifest.classes,
             embedding_dim=manifest.embedding_dim,
+            max_batch_size=None if chosen == CPU else max_batch_size,
         )
 
     def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         """Run the graph once."""
+        if self._bound is not None:
+            return self._bound.run(batch)
         logits, embedding = self._session.run(["logits", "embedding"], {"images": batch})
         return Rows(logits, embedding)
 
     def close(self) -> None:
-        """Drop the session."""
-        self._session = None
+        """Drop the session and its buffers."""
+        if self._bound is not None:
+            self._bound.close()
+        self._bound = self._session = None
 
 
 def _choose(provider: Provider, available: list[str]) -> str:

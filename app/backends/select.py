@@ -27,7 +27,14 @@ def select_backend(settings: Settings, package: Package, threads: int) -> Backen
                     f"METASERVE_ORT_PROVIDER={provider} contradicts "
                     f"METASERVE_DEVICE={settings.device}; set one of them"
                 )
-            return OnnxRuntimeBackend(package, provider, threads)
+            return OnnxRuntimeBackend(
+                package,
+                provider,
+                threads,
+                settings.max_batch_size,
+                cuda_graphs=settings.cuda_graphs,
+                cache_dir=settings.ort_cache_dir,
+            )
         case "torch":
             from app.backends.pytorch import TorchBackend
 

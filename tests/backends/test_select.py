@@ -43,7 +43,7 @@ class FakeSession:
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
 
-    def __init__(self, path: str, options: object, providers: list[str]) -> None:
+    def __init__(self, path: str, options: object, **how: object) -> None:
         pass
 
     def get_providers(self) -> list[str]:
@@ -188,17 +188,24 @@ def test_a_session_that_silently_fell_back_is_refused(
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_session_on_the_provider_asked_for_is_taken(
-    package: Package, monkeypatch: pytest.MonkeyPatch, onnxruntime: Any, provider: str
+    package: Package,
+    monkeypatch: pytest.MonkeyPatch,
+    onnxruntime: Any,
+    tmp_path: Path,
+    provider: str,
 ) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # the TensorRT provider sets it
     names = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
     class GpuSession(FakeSession):
         providers = (names[provider], "CPUExecutionProvider")
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", GpuSession)
-    info = select(package, ort_provider=provider).info
+    info = select(package, ort_provider=provider, ort_cache_dir=tmp_path).info
     assert info.device == "cuda:0"
     assert names[provider] in info.runtime
+    assert ("CUDA graphs" if provider == "cuda" else "no CUDA graphs") in info.runtime
+    assert info.max_batch_size == 32
 
 
 @pytest.mark.parametrize(("gpu", "expected"), [(True, "CUDA"), (False, "CPU")])
