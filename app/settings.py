@@ -57,6 +57,16 @@ class Settings(BaseSettings):
         description="Execution provider of the onnxruntime backend; `auto` follows DEVICE. "
         "One that is missing is an error at start.",
     )
+    torch_compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the torch backend compiles the network, for each batch size; `auto` "
+        "does so on a GPU where a compiler is installed.",
+    )
+    torch_precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto",
+        description="Precision of the torch backend's weights; `auto` is bf16 on a GPU and fp32 "
+        "on the CPU.",
+    )
     cuda_graphs: bool = Field(
         True,
         description="Capture a CUDA graph for each batch size on a GPU; off where capturing makes "

@@ -38,7 +38,15 @@ def select_backend(settings: Settings, package: Package, threads: int) -> Backen
         case "torch":
             from app.backends.pytorch import TorchBackend
 
-            return TorchBackend(package, settings.device, threads)
+            return TorchBackend(
+                package,
+                settings.device,
+                threads,
+                settings.max_batch_size,
+                precision=settings.torch_precision,
+                compiling=settings.torch_compile,
+                cuda_graphs=settings.cuda_graphs,
+            )
         case "tensorrt":
             from app.backends.tensorrt import open_tensorrt
 

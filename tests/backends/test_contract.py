@@ -12,8 +12,10 @@ import pytest
 from app.backends.base import Backend
 from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
+from export.verify import cosine_distance
 from models.golden import golden_images
 from models.package import Package, find_package, open_package
+from models.tolerances import TOLERANCES
 from tests.backends.fake_tensorrt import open_fake_tensorrt
 
 PATIENCE_SECONDS = 30.0
@@ -46,11 +48,19 @@ def open_torch(package: Package) -> Backend:
     return TorchBackend(package, "cpu", threads=1)
 
 
+def open_torch_bf16(package: Package) -> Backend:
+    pytest.importorskip("torch")
+    from app.backends.pytorch import TorchBackend
+
+    return TorchBackend(package, "cpu", threads=1, precision="bf16")
+
+
 OPENERS: dict[str, Callable[[Package], Backend]] = {
     "fake": open_fake,
     "onnxruntime": open_onnxruntime,
     "torch": open_torch,
     "tensorrt": open_fake_tensorrt,
+    "torch_bf16": open_torch_bf16,
 }
 
 
@@ -80,7 +90,7 @@ def test_it_says_what_it_runs_and_where(backend: Backend, package: Package) -> N
     info, manifest = backend.info, package.manifest
     assert info.name in OPENERS
     assert info.device == ("cuda:0" if info.name == "tensorrt" else "cpu")
-    assert info.precision == "fp32"
+    assert info.precision in ("fp32", "bf16")
     assert info.runtime
     assert info.input_size == manifest.input.size
     assert info.classes == manifest.classes
@@ -182,6 +192,17 @@ def test_torch_and_onnxruntime_agree(package: Package) -> None:
     np.testing.assert_array_equal(ours.logits.argmax(1), theirs.logits.argmax(1))
     torch.close()
     onnxruntime.close()
+
+
+def test_torch_in_bf16_answers_within_its_tolerance(package: Package, images: Batch) -> None:
+    backend = open_torch_bf16(package)
+    assert backend.info.precision == "bf16"
+    logits, embedding = package.golden
+    rows = backend.run(images)
+    difference = float(np.abs(rows.logits - logits).max())
+    assert 1e-3 < difference <= TOLERANCES["bf16"].allowed(logits), "float32 would be nearer"
+    assert cosine_distance(rows.embedding, embedding).max() <= TOLERANCES["bf16"].cosine
+    backend.close()
 
 
 @pytest.mark.parametrize("name", OPENERS)
