@@ -43,8 +43,9 @@ def check_golden(backend: Backend, package: Package) -> GoldenCheck:
     """
     logits, embedding = package.golden
     limit = backend.info.max_batch_size
+    # Each image depends on how many there are, so all are made before some are left out.
+    images = golden_images(package.manifest.input.size, len(logits))[:limit]
     logits, embedding = logits[:limit], embedding[:limit]
-    images = golden_images(package.manifest.input.size, len(logits))
     try:
         together = backend.run(images)
         singles = [backend.run(images[i : i + 1]) for i in range(len(images))]

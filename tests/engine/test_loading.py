@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_embeddings_within_the_tolerance_are_accepted(package: Package) -> None:
     length = float(np.linalg.norm(package.golden[1][-1]))
     small = 0.5 * start_tolerances("fp32", package.golden[0])[1] * length
     check_golden(GoldenBackend(package, together=move_embedding(small)), package)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(2, [2, 1, 1]), (8, [5, 1, 1, 1, 1, 1])])
+def test_a_backend_gets_no_more_golden_images_at_once_than_it_takes(
+    package: Package, most: int, sizes: list[int]
+) -> None:
+    class Bounded(GoldenBackend):
+        def __init__(self) -> None:
+            super().__init__(package)
+            self.info = replace(self.info, max_batch_size=most)
+            self.sizes: list[int] = []
+
+        def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
+            self.sizes.append(len(batch))
+            return super().run(batch)
+
+    backend = Bounded()
+    assert check_golden(backend, package).max_abs_logit_difference == 0.0
+    assert backend.sizes == sizes
 
 
 def test_a_backend_that_ignores_the_network_is_refused(package: Package) -> None:
