@@ -5,10 +5,13 @@ This is the graph that every backend runs; scale, mean and standard deviation ar
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from models.package import InputSpec
+if TYPE_CHECKING:  # a network needs none of what packages need
+    from models.package import InputSpec
 
 
 class ServedModel(nn.Module):

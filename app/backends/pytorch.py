@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from app.backends.base import BackendInfo
 from app.backends.buckets import bucket_sizes
@@ -13,6 +12,10 @@ from app.errors import StartupError
 from app.types import Batch, Rows
 from models.package import Package, PackageError
 from models.tolerances import Precision
+
+if TYPE_CHECKING:
+    from app.backends.pytorch_buckets import TorchBuckets
+    from app.backends.pytorch_paths import EagerNetwork
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -78,7 +81,9 @@ class TorchBackend:
         manifest = package.manifest
         widths = manifest.classes, manifest.embedding_dim
         sizes, side = bucket_sizes(max_batch_size), manifest.input.size
-        self._run: Callable[[Batch], Rows] | None = open_path(model, path, sizes, side, widths)
+        self._network: TorchBuckets | EagerNetwork | None = open_path(
+            model, path, sizes, side, widths
+        )
         self.info = BackendInfo(
             name="torch",
             device="cuda:0" if use_cuda else "cpu",
@@ -92,9 +97,9 @@ class TorchBackend:
 
     def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
         """Run the network once."""
-        assert self._run is not None, "no run comes after close"
-        return self._run(batch)
+        assert self._network is not None, "no run comes after close"
+        return self._network.run(batch)
 
     def close(self) -> None:
         """Drop the network and its buffers."""
-        self._run = None
+        self._network = None

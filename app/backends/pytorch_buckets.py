@@ -129,6 +129,14 @@ class TorchBuckets:
             logits, embedding = (answer[:count].numpy().copy() for answer in self._answers)
         return Rows(logits, embedding)
 
+    def replay(self, size: int, times: int) -> None:
+        """Run the network alone, on what the buffers hold, and wait: for measurements."""
+        with self._lock, torch.inference_mode():
+            queue = self._prepare(size)
+            for _ in range(times):
+                queue()
+            self._device.finish()
+
     def _prepare(self, size: int) -> Callable[[], None]:
         if size not in self._queue:
             pixels = self._pixels[:size]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,7 +82,7 @@ def open_path(
     input_size: int,
     widths: tuple[int, int],
     mode: str | None = None,
-) -> Callable[[Batch], Rows]:
+) -> TorchBuckets | EagerNetwork:
     """Bring a network onto its path.
 
     Args:
@@ -120,7 +119,7 @@ def open_path(
             f"torch cannot prepare the network on {device.name} ({path.words(0)}): "
             f"{_what_was_said(error)}; set {way}"
         ) from error
-    return buckets.run
+    return buckets
 
 
 def _what_was_said(error: Exception) -> str:
@@ -135,7 +134,7 @@ class EagerNetwork:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
-    def __call__(self, batch: Batch) -> Rows:
+    def run(self, batch: Batch) -> Rows:
         """Run the network once."""
         with torch.inference_mode():
             logits, embedding = self._model(torch.from_numpy(batch))

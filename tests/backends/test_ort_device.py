@@ -143,6 +143,13 @@ def test_rows_are_not_touched_by_later_runs(bound: BoundBuckets, images: Batch) 
     np.testing.assert_array_equal(bound.run(images[:2]).logits, kept[0])
 
 
+def test_a_replay_runs_the_graph_as_often_as_asked(
+    bound: BoundBuckets, session: WatchedSession
+) -> None:
+    bound.replay(4, times=3)
+    assert [graph_id for _, graph_id in session.runs] == ["4", "4", "4"]
+
+
 def test_a_batch_above_the_largest_size_is_refused(bound: BoundBuckets, images: Batch) -> None:
     with pytest.raises(ValueError, match="exceeds the largest prepared, 6"):
         bound.run(images.repeat(2, 0))

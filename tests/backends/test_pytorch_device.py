@@ -150,6 +150,14 @@ def test_rows_are_not_touched_by_later_runs(device: LazyDevice, images: Batch) -
     np.testing.assert_array_equal(run(images[:2]).logits, kept[0])
 
 
+def test_a_replay_runs_the_network_and_copies_nothing(device: LazyDevice, images: Batch) -> None:
+    opened = buckets(served().forward, device)
+    opened.run(images[:4])
+    device.asked.clear()
+    opened.replay(4, times=3)
+    assert device.asked == ["replay", "replay", "replay", "finish"]
+
+
 def test_a_run_leaves_its_batch_as_it_was(device: LazyDevice, images: Batch) -> None:
     batch = images[:3].copy()
     buckets(served().forward, device).run(batch)
@@ -290,9 +298,10 @@ def test_a_compiled_path_is_opened_with_its_first_size_ready(
         pytorch_paths, "compile_network", lambda model, mode: compile_network(model, compiler)
     )
     path = TorchPath("cpu", "bf16", compiled=True, cuda_graphs=False)
-    run = open_path(served(), path, (1, 2), SIDE, WIDTHS)
+    run = open_path(served(), path, (1, 2), SIDE, WIDTHS).run
     assert compiler.compiled == 1
-    cast = open_path(served(), TorchPath("cpu", "bf16", False, False), (1, 2), SIDE, WIDTHS)
+    eager = TorchPath("cpu", "bf16", False, False)
+    cast = open_path(served(), eager, (1, 2), SIDE, WIDTHS).run
     np.testing.assert_allclose(run(images[:2]).logits, cast(images[:2]).logits, rtol=0, atol=1e-3)
     assert compiler.compiled == 2
 
@@ -472,7 +481,7 @@ def test_float32_on_a_gpu_is_not_rounded_to_tf32(
     monkeypatch.setattr(pytorch_paths, "CudaDevice", CpuInPlaceOfCuda)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     path = TorchPath("cuda", precision, False, True)
-    rows = open_path(served(), path, SIZES, SIDE, WIDTHS)(images[:3])
+    rows = open_path(served(), path, SIZES, SIDE, WIDTHS).run(images[:3])
     assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
     assert rows.logits.shape == (3, CLASSES)
     assert rows.logits.dtype == np.float32

@@ -1,0 +1,1 @@
+"""Measurements that a person starts; each prints what it measured and on which machine."""
