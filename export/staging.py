@@ -44,8 +44,9 @@ def staged(out: Path) -> Iterator[Path]:
 
 def _publish(staging: Path, out: Path) -> None:
     """Move a finished folder to its place; a package that was there goes only then."""
-    for path in (*staging.iterdir(), staging):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # a service runs as another user
+    for path in (*staging.rglob("*"), staging):
+        # A service runs as another user; folders and scripts have this bit.
+        path.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
         _sync(path)
     replaced = staging.with_name(staging.name + ".replaced")
     if out.exists():

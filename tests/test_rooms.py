@@ -63,6 +63,8 @@ HEAVY = {
     "onnxruntime": {"models.onnx_runtime"},
     "tensorrt": {"models.tensorrt"},
     "tensorrt_rtx": {"models.tensorrt"},
+    "tritonclient": {"export.triton"},
+    "grpc": set[str](),
     "timm": set[str](),
     "torchvision": set[str](),
     "sklearn": set[str](),
@@ -131,6 +133,8 @@ def test_serving_the_embedded_model_imports_no_torch_and_no_exporter() -> None:
 import sys
 heavy = "torch onnx onnxscript safetensors huggingface_hub timm torchvision sklearn"
 for name in heavy.split():
+for name in ("torch", "onnx", "onnxscript", "safetensors", "timm", "torchvision", "sklearn",
+             "tritonclient", "grpc"):
     sys.modules[name] = None  # any import of it fails from here on
 from app.cli import main
 from app.main import build_state, load_model
