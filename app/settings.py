@@ -46,8 +46,8 @@ class Settings(BaseSettings):
     backend: Literal["onnxruntime", "torch", "tensorrt", "triton", "fake"] = Field(
         "onnxruntime",
         description="What runs the network. `tensorrt` needs a package with an engine for this "
-        "GPU; `triton` is refused by this version; `fake` answers from the mean of the pixels, "
-        "for load tests.",
+        "GPU, `triton` a server at TRITON_URL; `fake` answers from the mean of the pixels, for "
+        "load tests.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to run; `auto` takes a GPU where backend and machine have one."
@@ -140,10 +140,14 @@ class Settings(BaseSettings):
         None, description="Serve /metrics on this port instead of PORT."
     )
     triton_url: str = Field(
-        "localhost:8001", description="gRPC address of a Triton server, for BACKEND=triton."
+        "localhost:8001", description="gRPC address of the Triton server, for BACKEND=triton."
     )
     triton_model: str | None = Field(
         None, description="Model name on the Triton server; the package's name when unset."
+    )
+    triton_wait_s: Annotated[float, Field(ge=0)] = Field(
+        10.0,
+        description="How long a start waits for the Triton server and its model; 0 asks once.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."

@@ -1,3 +1,4 @@
-"""Reads the switch of tests/required.py before any test looks at the environment."""
+"""Reads the switches of the tests before any of them looks at the environment."""
 
-import tests.required  # noqa: F401
+import tests.required
+import tests.triton.place  # noqa: F401

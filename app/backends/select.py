@@ -51,6 +51,16 @@ def select_backend(settings: Settings, package: Package, threads: int) -> Backen
             from app.backends.tensorrt import open_tensorrt
 
             return open_tensorrt(package, settings.max_batch_size, settings.device)
+        case "triton":
+            from app.backends.triton import TritonBackend
+
+            return TritonBackend(
+                package,
+                settings.triton_url,
+                settings.triton_model,
+                settings.device,
+                settings.triton_wait_s,
+            )
         case "fake":
             from app.backends.fake import FakeBackend
 
@@ -60,9 +70,4 @@ def select_backend(settings: Settings, package: Package, threads: int) -> Backen
                 manifest.classes,
                 manifest.embedding_dim,
                 seconds=settings.fake_batch_ms / 1000,
-            )
-        case _:
-            raise StartupError(
-                f"this version has no {settings.backend} backend yet; "
-                "set METASERVE_BACKEND to onnxruntime or torch"
             )

@@ -300,7 +300,9 @@ class EngineCore:
             self._observer.batch_done(size)
 
     def _failed(self, error: Exception) -> None:
-        log.error("the backend failed on a batch: %s", error, exc_info=error)
+        # A refusal is no fault of the code: where it came from in it is no news.
+        trace = None if isinstance(error, ServiceError) else error
+        log.error("the backend failed on a batch: %s", error, exc_info=trace)
         with self._changed:
             self._last_error = f"{type(error).__name__}: {error}"
             self._progress_at = self._clock()

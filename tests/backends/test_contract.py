@@ -17,11 +17,18 @@ from models.golden import golden_images
 from models.package import Package, find_package, open_package
 from models.tolerances import TOLERANCES
 from tests.backends.fake_tensorrt import open_fake_tensorrt
+from tests.required import require
 
 PATIENCE_SECONDS = 30.0
 
 # How far an image's numbers may move with its batch; torch chooses its kernels by size.
-BATCH_DEPENDENCE = {"fake": 0.0, "onnxruntime": 0.0, "torch": 1e-5, "tensorrt": 0.0}
+BATCH_DEPENDENCE = {
+    "fake": 0.0,
+    "onnxruntime": 0.0,
+    "torch": 1e-5,
+    "tensorrt": 0.0,
+    "triton": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +62,21 @@ def open_torch_bf16(package: Package) -> Backend:
     return TorchBackend(package, "cpu", threads=1, precision="bf16")
 
 
+def open_triton(package: Package) -> Backend:
+    require("tritonclient.grpc")
+    from app.backends.triton import TritonBackend
+    from tests.triton.shared import shared_server
+
+    return TritonBackend(package, shared_server().url)
+
+
 OPENERS: dict[str, Callable[[Package], Backend]] = {
     "fake": open_fake,
     "onnxruntime": open_onnxruntime,
     "torch": open_torch,
     "tensorrt": open_fake_tensorrt,
     "torch_bf16": open_torch_bf16,
+    "triton": open_triton,
 }
 
 
@@ -173,7 +189,7 @@ def test_runs_from_several_threads_do_not_mix(backend: Backend, images: Batch) -
                 assert_close(rows, expected[n], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", "triton"])
 def test_the_network_answers_what_the_package_says(
     name: str, package: Package, images: Batch
 ) -> None:

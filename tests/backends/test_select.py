@@ -117,13 +117,6 @@ def test_a_provider_this_build_lacks_is_refused(
     assert "metaserve[gpu]" in sentence
 
 
-@pytest.mark.parametrize("backend", ["triton"])
-def test_backends_of_later_versions_are_refused_in_words(package: Package, backend: str) -> None:
-    sentence = refusal(package, backend=backend)
-    assert f"no {backend} backend yet" in sentence
-    assert "onnxruntime or torch" in sentence
-
-
 def test_torch_without_a_gpu_refuses_device_cuda(
     package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +144,16 @@ def test_a_library_that_does_not_import_names_the_extra(
     sentence = refusal(package, backend=backend)
     assert missing in sentence
     assert f"install {extra}" in sentence
+
+
+def test_triton_without_its_client_names_the_extra(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc.aio", None)
+    # As before any test imported it.
+    monkeypatch.delitem(sys.modules, "app.backends.triton_connection", raising=False)
+    monkeypatch.delattr("app.backends.triton_connection", raising=False)
+    assert "install metaserve[triton]" in refusal(package, backend="triton")
 
 
 def test_both_builds_of_onnxruntime_are_refused(
@@ -249,9 +252,9 @@ def test_a_package_without_the_backends_file_is_refused(
 @pytest.mark.parametrize(
     ("backend", "others"),
     [
-        ("onnxruntime", ["torch", "safetensors"]),
-        ("torch", ["onnxruntime"]),
-        ("fake", ["torch", "onnxruntime", "safetensors"]),
+        ("onnxruntime", ["torch", "safetensors", "tritonclient"]),
+        ("torch", ["onnxruntime", "tritonclient"]),
+        ("fake", ["torch", "onnxruntime", "safetensors", "tritonclient"]),
     ],
 )
 def test_only_the_library_of_the_backend_asked_for_is_imported(
@@ -266,7 +269,8 @@ def test_only_the_library_of_the_backend_asked_for_is_imported(
         "from models.package import find_package, open_package\n"
         "package = open_package(find_package('caformer_digits'))\n"
         f"select_backend(Settings(backend={backend!r}, device='cpu'), package, 1).close()\n"
-        "print(*sorted(set(sys.modules) & {'torch', 'onnxruntime', 'safetensors'}))\n"
+        "libraries = {'torch', 'onnxruntime', 'safetensors', 'tritonclient'}\n"
+        "print(*sorted(set(sys.modules) & libraries))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120

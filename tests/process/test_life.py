@@ -47,7 +47,11 @@ def refusing_start(env: dict[str, str], *args: str) -> Iterator[tuple[int, str]]
         ({}, ("--max-batch-size", "0"), "--max-batch-size='0' cannot be used"),
         ({"METASERVE_MODEL": "nosuch"}, (), "one of: caformer_digits"),
         ({"METASERVE_WORKERS": "2"}, (), "METASERVE_WORKERS=1"),
-        ({"METASERVE_BACKEND": "triton"}, (), "no triton backend yet"),
+        (
+            {"METASERVE_BACKEND": "triton", "METASERVE_TRITON_URL": "127.0.0.1:1"},
+            ("--triton-wait-s", "0"),
+            "Triton at 127.0.0.1:1 cannot be used",
+        ),
         ({"METASERVE_DEVICE": "cuda"}, (), "has no CUDAExecutionProvider"),
         ({"METASERVE_ORT_PROVIDER": "tensorrt"}, (), "has no TensorrtExecutionProvider"),
         ({"METASERVE_BACKEND": "torch", "METASERVE_DEVICE": "cuda"}, (), "torch sees no GPU"),
