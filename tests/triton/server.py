@@ -203,6 +203,13 @@ class TritonServer:
         assert self._process is not None
         os.killpg(self._process.pid, number)
 
+    def terminate(self) -> None:
+        """Let it end as an orchestrator does: it finishes what runs and refuses the rest."""
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(START_SECONDS)
+        self.kill()
+
     def kill(self) -> None:
         """End it without a chance to say goodbye; nothing of it is left afterwards."""
         if self._process is None:
