@@ -31,6 +31,7 @@ class LoopThread:
 
         Raises:
             TimeoutError: it took longer; it is cancelled.
+            CancelledError: of concurrent.futures; the loop was closed meanwhile.
         """
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
@@ -39,12 +40,18 @@ class LoopThread:
             future.cancel()
 
     def close(self) -> None:
-        """Stop the loop and end the thread."""
+        """Cancel what runs, stop the loop and end the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
             self._loop.run_forever()
+            # Somebody blocks on each of these: a loop that merely stops would leave them waiting.
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            if left:
+                self._loop.run_until_complete(asyncio.wait(left))
         finally:
             self._loop.close()

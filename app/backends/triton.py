@@ -16,6 +16,7 @@ import asyncio
 import logging
 import math
 import time
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
@@ -99,7 +100,7 @@ class TritonBackend:
         bound = min(max(deadline - time.monotonic(), 0.0), self._lib.LONGEST_RUN_SECONDS)
         try:
             return self._loop.call(self._answer(batch, deadline), bound + GRACE_SECONDS)
-        except TimeoutError as error:
+        except (TimeoutError, CancelledError) as error:
             raise BackendUnavailable(AWAY) from error
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ def shared_server() -> TritonServer:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metaserve-triton-")))
     repository = Repository(folder / "models")
     repository.add(MODEL, max_batch_size=MAX_BATCH_SIZE)
-    repository.add(GATED, gate=folder / "gate", max_queue_size=1)
+    repository.add(GATED, gate=folder / "gate", max_queue_size=4)
     return stack.enter_context(triton_server(folder, repository))
 
 

@@ -306,16 +306,18 @@ def test_tritons_own_queue_knows_the_deadline(
 
 
 def test_a_full_queue_is_overload_and_not_an_outage(gated: TritonBackend, images: Batch) -> None:
-    with ThreadPoolExecutor(8) as pool:
+    # More than wait in the queue, the batch that is formed next, and the one that runs.
+    callers = 24
+    with ThreadPoolExecutor(callers) as pool:
         first = pool.submit(gated.run, images[:1])
         wait_until(waiting().exists, "the first batch waits at the gate")
-        others = [pool.submit(gated.run, images[:1]) for _ in range(7)]
+        others = [pool.submit(gated.run, images[:1]) for _ in range(callers - 1)]
         wait(others, timeout=PATIENCE_SECONDS, return_when="FIRST_EXCEPTION")
         gate().touch()
         outcomes = [one.exception(PATIENCE_SECONDS) for one in (first, *others)]
     refused = [one for one in outcomes if one is not None]
     assert {type(one) for one in refused} == {Overloaded}
-    assert 1 <= len(refused) < 8
+    assert 1 <= len(refused) < callers
     assert len(gated.run(images[:1]).logits) == 1
 
 
@@ -382,6 +384,48 @@ def test_a_lost_connection_to_a_server_that_lives_costs_no_answer(
         for _ in range(3):
             relay.cut()
             assert backend.run(images).logits.tobytes() == expected.logits.tobytes()
+        backend.close()
+
+
+def test_a_batch_whose_connection_is_cut_is_sent_once_more(
+    server: TritonServer, package: Package, images: Batch
+) -> None:
+    clear_gate()
+    with Relay(server.port) as relay, ThreadPoolExecutor(1) as pool:
+        backend = TritonBackend(package, relay.url, GATED)
+        running = pool.submit(backend.run, images)
+        wait_until(waiting().exists, "the batch waits at the gate")
+        relay.cut()
+        gate().touch()
+        rows = running.result(PATIENCE_SECONDS)
+        np.testing.assert_allclose(rows.logits, package.golden[0], atol=1e-4)
+        backend.close()
+
+
+def test_a_batch_is_not_sent_a_third_time(
+    server: TritonServer, package: Package, images: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = threading.Semaphore(0)
+    infer = AsyncClient.infer
+
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        sent.release()
+        return infer(self, *args, **options)
+
+    monkeypatch.setattr(AsyncClient, "infer", count)
+    clear_gate()
+    with Relay(server.port) as relay, ThreadPoolExecutor(1) as pool:
+        backend = TritonBackend(package, relay.url, GATED)
+        running = pool.submit(backend.run, images)
+        wait_until(waiting().exists, "the batch waits at the gate")
+        relay.cut()
+        for _ in range(2):
+            assert sent.acquire(timeout=PATIENCE_SECONDS), "the batch was not sent twice"
+        # Again and again: a cut before the batch is on its way hurts nobody.
+        wait_until(running.done, "it gives up", between=relay.cut)
+        assert isinstance(running.exception(), BackendUnavailable)
+        assert not sent.acquire(blocking=False)
+        gate().touch()
         backend.close()
 
 
