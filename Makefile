@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+TRITON_VENV := .venv-triton
 # `make serve PYTHON=/path/to/python3.12` names another interpreter.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
@@ -19,7 +20,7 @@ serve: $(VENV)/.serve ## set up the small runtime and serve on http://localhost:
 	@echo "  curl --data-binary @examples/images/scan_three.png http://localhost:$${METASERVE_PORT:-8000}/classify"
 	@$(BIN)/metaserve serve
 
-test: $(VENV)/.test ## set up everything and run all tests
+test: $(VENV)/.test $(TRITON_VENV)/.ready ## set up everything and run all tests
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.test ## ruff: rules and format
@@ -40,7 +41,7 @@ bench-gpu: $(VENV)/.export ## check and time every backend on a GPU; see docs/be
 	@$(BIN)/python -m benchmarks.gpu
 
 clean: ## remove the virtual environment and caches
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) $(TRITON_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 export-tools: $(VENV)/.export ## add torch and the exporter to the runtime
 
@@ -64,6 +65,16 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --no-deps timm torchvision || { $(NOT_INSTALLED); }
 	@$(PIP) tensorrt-rtx || { $(NOT_INSTALLED); }
 	@touch $(VENV)/.serve $(VENV)/.export $@
+
+# A real Triton server for the tests, with the Python backend. It needs numpy 1, hence a place of its
+# own; on a machine that cannot have it those tests are skipped and say so.
+$(TRITON_VENV)/.ready: constraints-triton.txt | $(BIN)/python
+	@echo "Setting up $(TRITON_VENV): a Triton server for tests (a minute, once) ..."
+	@rm -rf $(TRITON_VENV)
+	@if $(BIN)/python -m venv $(TRITON_VENV) && $(TRITON_VENV)/bin/python -m pip install --quiet \
+	--quiet --disable-pip-version-check --constraint $< nvidia-pytriton onnxruntime; \
+	then touch $@; else rm -rf $(TRITON_VENV); \
+	echo "no Triton server can be installed here (see above); its tests are skipped" >&2; fi
 
 $(BIN)/python:
 	@"$(or $(PYTHON),none)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
