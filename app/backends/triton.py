@@ -1,8 +1,8 @@
 """Triton: batches go to a Triton Inference Server over gRPC, and survive its absence.
 
 A batch whose connection is lost opens the circuit: everything is refused at once with
-BackendUnavailable while one probe at a time, each on a new channel, asks whether server and model
-are ready. The channel of the probe that succeeds is the one in use from then on, so nothing of the
+BackendUnavailable while one probe at a time, each on a new channel, asks whether the model
+is ready. The channel of the probe that succeeds is the one in use from then on, so nothing of the
 old connection matters any more: back-off, half-open sockets, addresses that have changed.
 
 An inference changes nothing on the server, so a batch whose connection was lost is sent once more,

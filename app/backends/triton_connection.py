@@ -88,13 +88,12 @@ class TritonConnection:
         """Ask what the server and its model are.
 
         Raises:
-            ConnectionLost: the server or the model is not ready.
+            ConnectionLost: the server cannot be reached, or the model is not ready.
             StartupError: the server has no model of that name.
         """
         client, timeout = self._client, ALIVE_SECONDS
         try:
-            if not await client.is_server_ready(client_timeout=timeout):
-                raise ConnectionLost("it is loading or stopping")
+            # Not the server's own readiness: any model that fails to load takes it away.
             if not await client.is_model_ready(self._model, client_timeout=timeout):
                 raise ConnectionLost(await self._why_not_ready())
             server, metadata, config = await asyncio.gather(
@@ -141,7 +140,8 @@ class TritonConnection:
         for entry in index.models:
             if entry.name == self._model:
                 state = f"is {entry.state.lower()}" if entry.state else "is not loaded"
-                return f"model {self._model} {state}" + (entry.reason and f" ({entry.reason})")
+                reason = f" ({entry.reason.splitlines()[0]})" if entry.reason else ""
+                return f"model {self._model} {state}{reason}"
         names = ", ".join(sorted({entry.name for entry in index.models})) or "none"
         raise StartupError(
             f"Triton at {self._url} has no model {self._model!r}, its models: {names}; set "

@@ -35,7 +35,7 @@ from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package, PackageError, open_package, sha256_file
 from tests.servers import EMBEDDED, wait_until
-from tests.triton.server import TritonServer, free_port
+from tests.triton.server import Repository, TritonServer, free_port
 from tests.triton.shared import GATED, MAX_BATCH_SIZE, MODEL, gate
 
 PATIENCE_SECONDS = 30.0
@@ -371,8 +371,32 @@ def test_an_unloaded_model_is_an_outage_until_it_is_loaded(
         mortal.unload(MODEL)
         with pytest.raises(BackendUnavailable):
             backend.run(images)
+        # Known to the server, so a start waits for it, and says its state in the end.
+        with pytest.raises(StartupError) as caught:
+            TritonBackend(package, mortal.url, MODEL)
+        assert f"cannot be used: model {MODEL} is un" in str(caught.value)
         mortal.load(MODEL)
         wait_until(lambda: answers(backend, images), "it answers again", seconds=5)
+
+
+def test_another_model_that_fails_to_load_is_not_ours_to_mind(
+    tmp_path: Path, package: Package, images: Batch
+) -> None:
+    repository = Repository(tmp_path / "models")
+    repository.add(MODEL)
+    (repository.add("broken") / "1" / "model.py").write_text("raise RuntimeError('broken')\n")
+    server = TritonServer(tmp_path, repository)
+    try:
+        server.launch()
+        with backend_of(server, package, wait_seconds=PATIENCE_SECONDS) as backend:
+            assert len(backend.run(images).logits) == len(images)
+        with InferenceServerClient(server.url) as client:
+            assert not client.is_server_ready(), "the server itself minds"
+        sentence = refusal(package, server.url, "broken")
+        assert "cannot be used: model broken is unavailable" in sentence
+        assert "RuntimeError: broken" in sentence
+    finally:
+        server.kill()
 
 
 def test_a_lost_connection_to_a_server_that_lives_costs_no_answer(
