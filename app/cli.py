@@ -119,7 +119,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _add_export_commands(export: argparse.ArgumentParser, verify: argparse.ArgumentParser) -> None:
-    from export.cli import add_export_arguments, add_verify_arguments, run_export, run_verify
+    from export.arguments import add_export_arguments
+    from export.cli import run_export
+    from export.verify_cli import add_verify_arguments, run_verify
 
     add_export_arguments(export)
     export.set_defaults(run=run_export)

@@ -1,138 +1,137 @@
-"""`metaserve export` and `metaserve verify`: arguments in, packages and figures out."""
+"""`metaserve export`: arguments in; a proven package, an engine or a Triton model out."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
 
-from pydantic import ValidationError
-
-from export.candidate import Answers, CannotStart, OpenBackend
-from models.package import (
-    MANIFEST,
-    WEIGHTS,
-    Calibration,
-    InputSpec,
-    Package,
-    PackageError,
-    find_package,
-    open_package,
-)
+from export.arguments import ablated, input_spec
+from models.package import MANIFEST, PRETRAINED, Calibration, Package, PackageError, open_package
 from models.tolerances import Precision
-from models.variants import (
-    Activation,
-    Architecture,
-    Mixer,
-    ResidualScaling,
-)
 
-BACKENDS = ("onnxruntime", "torch", "tensorrt", "triton")
 NEEDS_EXTRAS = "this needs {}; install metaserve[export,cpu] (in a checkout: make export-tools)"
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe `metaserve export`."""
-    parser.add_argument(
-        "variant", help="a name from `metaserve models`, or hf-hub:USER/REPOSITORY for your own"
-    )
-    _add_source_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="package to create [VARIANT]")
-    parser.add_argument("--name", help="name of the package [the directory's name]")
-    parser.add_argument("--version", help="version of the package [hash of the weights]")
-    parser.add_argument("--format", choices=["onnx"], default="onnx")
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="fp32",
-        help="of the graph; bf16 runs in torch and TensorRT alone, fp16 everywhere [%(default)s]",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a package at --out")
-    parser.add_argument("--no-ema", action="store_true", help="take the weights, not their average")
-    parser.add_argument(
-        "--no-weights", action="store_true", help=f"leave out {WEIGHTS} (the torch backend's)"
-    )
-    parser.add_argument(
-        "--head-norm-eps",
-        type=float,
-        metavar="EPS",
-        help="of the norm in the head [1e-5 for official files, 1e-6 for timm's]",
-    )
-    shape = parser.add_argument_group(
-        "preprocessing", "defaults are those of config.json, or of the published weights"
-    )
-    shape.add_argument("--input-size", type=int, metavar="PX")
-    shape.add_argument("--crop-pct", type=float)
-    shape.add_argument("--interpolation", choices=["bicubic", "bilinear"])
-    shape.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
-    shape.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    ablation = parser.add_argument_group(
-        "ablations", "for checkpoints that differ from the paper's"
-    )
-    ablation.add_argument("--activation", choices=get_args(Activation))
-    ablation.add_argument("--residual-scaling", choices=get_args(ResidualScaling))
-    ablation.add_argument("--block-bias", action="store_true", default=None)
-    ablation.add_argument(
-        "--mixers", nargs=4, choices=get_args(Mixer), metavar="MIXER", help="one a stage"
-    )
-
-
-def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_argument_group("weights", "downloaded from the hub unless a file is given")
-    source.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="the weights: .safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
-    )
-    source.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="timm's config.json of that file: labels and preprocessing",
-    )
-    source.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="one label a line, or a .json with label_names, or imagenet-1k, or imagenet-21k",
-    )
-    source.add_argument("--revision", metavar="REV", help="branch, tag or commit to download")
-    source.add_argument("--sha256", metavar="HEX", help="what the weights' file must have")
-
-
-def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe `metaserve verify`."""
-    parser.add_argument("package", help="a package directory, or a name in the store")
-    parser.add_argument("--model-store", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--backends",
-        type=_backends,
-        metavar="NAMES",
-        help="prove these backends, for example onnxruntime,torch,triton, and store the table in "
-        "the manifest",
-    )
-
-
 def run_export(arguments: argparse.Namespace) -> int:
-    """Export a package; returns the exit code."""
+    """Export; returns the exit code."""
     try:
         # torch is loaded here and not before: `metaserve serve` shares this parser.
         from export.calibration import OverflowsFloat16
-        from export.proofs import format_proofs, format_verification
-        from export.publish import ExportRequest, export_package
-        from export.source import SourceError, Wanted, find_source
+        from export.source import SourceError
         from export.verify import VerificationError
         from models.checkpoints import CheckpointError
     except ImportError as error:
-        return _refuse(NEEDS_EXTRAS.format(error.name))
+        return refuse(NEEDS_EXTRAS.format(error.name))
+    run = {"onnx": _export_onnx, "tensorrt": _export_plan, "triton": _export_repository}
+    try:
+        run[arguments.format](arguments, _given_package(arguments))
+    except OSError as error:
+        return refuse(f"a file cannot be read or written: {error}")
+    except (
+        CheckpointError,
+        OverflowsFloat16,
+        PackageError,
+        SourceError,
+        VerificationError,
+    ) as error:
+        return refuse(error)
+    return 0
+
+
+def _export_onnx(arguments: argparse.Namespace, given: Package | None) -> None:
+    if given is not None:
+        raise PackageError(
+            f"{given.path} is a package already; --format tensorrt or triton makes more of it"
+        )
+    package = _export_package(arguments, arguments.out or Path(_plain_name(arguments)))
+    print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}")
+
+
+def _export_plan(arguments: argparse.Namespace, given: Package | None) -> None:
+    from export.plan import add_plan, load_builder
+
+    trt = load_builder()  # first: without a GPU there is nothing to build, whatever is exported
+    out = arguments.out or Path(_plain_name(arguments))
+    package = given or _export_package(arguments, out)
+    with _steps() as progress, _bar() as share:
+        package = add_plan(
+            package,
+            out,
+            trt,
+            max_batch_size=arguments.max_batch_size,
+            cache=arguments.engine_cache,
+            overwrite=arguments.overwrite or given is None,
+            progress=progress,
+            share=share,
+        )
+    print(
+        f"wrote {package.path}; prove it with: metaserve verify --backends tensorrt {package.path}"
+    )
+
+
+def _export_repository(arguments: argparse.Namespace, given: Package | None) -> None:
+    from export.triton import write_repository
+
+    root = arguments.out or Path("model_repository")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export.", dir=root) as folder:
+        package = given or _export_package(arguments, Path(folder) / _plain_name(arguments))
+        model = write_repository(
+            package,
+            root,
+            name=arguments.name,
+            max_batch_size=arguments.max_batch_size,
+            platform=arguments.triton_platform,
+            device=arguments.triton_device,
+            overwrite=arguments.overwrite,
+        )
+    print(
+        f"wrote {model}; start tritonserver --model-repository={root.resolve()} and serve it with: "
+        f"metaserve serve --backend triton --triton-model {model.name} --model {model / '1'}"
+    )
+
+
+def _given_package(arguments: argparse.Namespace) -> Package | None:
+    """Return the package that VARIANT names: a directory, or an embedded one."""
+    if arguments.checkpoint is not None:
+        return None
+    for place in (Path(arguments.variant), PRETRAINED / arguments.variant):
+        if (place / MANIFEST).is_file():
+            package = open_package(place)
+            if arguments.precision not in (None, package.manifest.precision):
+                raise PackageError(
+                    f"{place} is in {package.manifest.precision}; export its checkpoint again "
+                    f"for {arguments.precision}"
+                )
+            return package
+    return None
+
+
+def _plain_name(arguments: argparse.Namespace) -> str:
+    """Return what a package gets named after: the last part of a path, a repository, an id."""
+    name: str = arguments.name or arguments.variant.rstrip("/").rpartition("/")[2]
+    return name.partition("@")[0]
+
+
+def _export_package(arguments: argparse.Namespace, out: Path) -> Package:
+    """Find the weights, export, prove, and print the proof.
+
+    Raises:
+        SourceError: the weights cannot be had, or an argument cannot be.
+        Exception: what `export_package` raises.
+    """
+    from export.proofs import format_proofs, format_verification
+    from export.publish import ExportRequest, export_package
+    from export.source import SourceError, Wanted, find_source
 
     eps = arguments.head_norm_eps
     if eps is not None and not 0 < eps < 1:
-        return _refuse(f"--head-norm-eps {eps} is no small positive number; 1e-6 is usual")
+        raise SourceError(f"--head-norm-eps {eps} is no small positive number; 1e-6 is usual")
     wanted = Wanted(
         variant=arguments.variant,
         checkpoint=arguments.checkpoint,
@@ -141,22 +140,21 @@ def run_export(arguments: argparse.Namespace) -> int:
         revision=arguments.revision,
         sha256=arguments.sha256,
     )
+    # Lines, not steps: the progress bar of a download writes between them.
     try:
-        # Lines, not steps: the progress bar of a download writes between them.
         source = find_source(wanted, lambda line: print(line, file=sys.stderr))
-        architecture = _ablated(source.architecture, arguments)
-        input_spec = _input_spec(architecture, source.preprocessing, arguments)
-        architecture.check_input_size(input_spec.size)
-    except (SourceError, PackageError, ValueError) as error:
-        return _refuse(error)
-    except OSError as error:
-        return _refuse(f"{error.filename} cannot be read: {error.strerror}")
+        architecture = ablated(source.architecture, arguments)
+        spec = input_spec(architecture, source.preprocessing, arguments)
+        architecture.check_input_size(spec.size)
+    except ValueError as error:
+        raise SourceError(str(error)) from error
+    precision: Precision = arguments.precision or "fp32"
     request = ExportRequest(
         variant=source.variant,
         architecture=architecture,
         checkpoint=source.checkpoint,
-        input=input_spec,
-        out=arguments.out or Path(source.variant),
+        input=spec,
+        out=out,
         name=arguments.name,
         version=arguments.version,
         names=source.names,
@@ -164,105 +162,20 @@ def run_export(arguments: argparse.Namespace) -> int:
         file=source.file,
         repository=source.repository,
         commit=source.commit,
+        precision=precision,
         head_norm_eps=eps,
         ema=not arguments.no_ema,
-        precision=arguments.precision,
         weights=not arguments.no_weights,
         overwrite=arguments.overwrite,
-        report=None if arguments.precision == "fp32" else _report,
+        report=None if precision == "fp32" else _report,
     )
-    try:
-        with _Steps() as progress:
-            package = export_package(request, progress)
-    except OverflowsFloat16 as error:
-        return _refuse(error)
-    except (CheckpointError, PackageError, VerificationError) as error:
-        return _refuse(error)
-    except OSError as error:
-        return _refuse(f"the package cannot be written: {error}")
+    with _steps() as progress:
+        package = export_package(request, progress)
     manifest = package.manifest
     print(format_verification(manifest, manifest.verification))
     if manifest.proofs:
         print(format_proofs(manifest.proofs))
-    print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}")
-    return 0
-
-
-def run_verify(arguments: argparse.Namespace, open_backend: OpenBackend) -> int:
-    """Repeat the proof of a package, or prove backends on it; returns the exit code.
-
-    Args:
-        arguments: as described by `add_verify_arguments`.
-        open_backend: starts a backend of the service.
-    """
-    try:
-        from export.graph_runner import graph_run
-        from export.proofs import format_verification
-        from export.verify import VerificationError, compare, judge, reference_of
-        from models.checkpoints import CheckpointError
-    except ImportError as error:
-        return _refuse(NEEDS_EXTRAS.format(error.name))
-
-    try:
-        package = open_package(find_package(arguments.package, arguments.model_store))
-        package.check_files()
-        reference, manifest = reference_of(package), package.manifest
-        if arguments.backends:
-            return _prove_backends(package, reference, arguments, open_backend)
-        run, runtime = graph_run(package.model_path)
-        verification = compare(run, runtime, manifest.input.size, reference, manifest.precision)
-        print(format_verification(manifest, verification))
-        judge(verification, manifest.precision)
-    except (CheckpointError, PackageError, VerificationError) as error:
-        return _refuse(error)
-    against = "torch on its weights" if WEIGHTS in manifest.files else "its golden outputs"
-    print(f"proven: {package.path} holds the files of its manifest and agrees with {against}")
-    return 0
-
-
-def _prove_backends(
-    package: Package,
-    reference: Answers,
-    arguments: argparse.Namespace,
-    open_backend: OpenBackend,
-) -> int:
-    """Prove each backend that was asked for, print the table and store it."""
-    from export.proofs import format_proofs, prove, store_proofs
-    from export.verify import VerificationError
-
-    proofs, faults = [], []
-    for name in arguments.backends:
-        try:
-            candidate = open_backend(name, package)
-        except CannotStart as error:
-            faults.append(f"{name}: {error}")
-            continue
-        try:
-            proofs.append(prove(candidate, package, reference))
-        except VerificationError as error:
-            faults.append(f"{name}: {error}")
-        finally:
-            candidate.close()
-    if proofs:
-        print(format_proofs(proofs))
-        try:
-            store_proofs(package, proofs)
-            print(f"stored in {package.path / MANIFEST}")
-        except OSError as error:
-            print(f"not stored, {package.path} cannot be written: {error.strerror}")
-    for fault in faults:
-        _refuse(fault)
-    return 2 if faults else 0
-
-
-def _backends(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    unknown = [name for name in names if name not in BACKENDS]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"{unknown[0]!r} is no backend; choose among {','.join(BACKENDS)}"
-        )
-    return names
+    return package
 
 
 def _report(calibration: Calibration) -> None:
@@ -271,58 +184,41 @@ def _report(calibration: Calibration) -> None:
     print(f"\n{format_calibration(calibration)}", file=sys.stderr)
 
 
-def _ablated(architecture: Architecture, arguments: argparse.Namespace) -> Architecture:
-    """Return the architecture with the fields that the command line changes."""
-    fields = ("activation", "residual_scaling", "block_bias", "mixers", "input_size")
-    given = {name: getattr(arguments, name) for name in fields}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if "mixers" in changes:
-        changes["mixers"] = tuple(changes["mixers"])
-    # Random matrices are as large as the grid was in training: another size is another network,
-    # which `check_input_size` refuses.
-    if "random" in architecture.mixers:
-        changes.pop("input_size", None)
-    return replace(architecture, **changes)
+@contextmanager
+def _bar() -> Iterator[Callable[[float], None]]:
+    """Show a share of work that grows from 0 to 1, on a terminal only."""
+    from tqdm import tqdm
+
+    with tqdm(total=100, unit="%", disable=None, leave=False) as bar:
+
+        def share(done: float) -> None:
+            bar.update(round(100 * done) - bar.n)
+
+        yield share
 
 
-def _input_spec(
-    architecture: Architecture, stated: Mapping[str, Any], arguments: argparse.Namespace
-) -> InputSpec:
-    """Return the preprocessing: flags go before what belongs to the weights."""
-    flags = {"size": arguments.input_size} | {
-        name: getattr(arguments, name) for name in ("crop_pct", "interpolation", "mean", "std")
-    }
-    given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        return InputSpec.model_validate({"size": architecture.input_size, **stated, **given})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        name = str(fault["loc"][0])
-        flag = f"--{name.replace('_', '-').replace('size', 'input-size')}"
-        where = flag if name in given else f"{name} in config.json:"
-        raise ValueError(f"{where} {fault['input']}: {fault['msg'].lower()}") from error
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """Print each step of long work with the time it took."""
+    started_at: float | None = None
 
+    def end() -> None:
+        if started_at is not None:
+            print(f"{time.monotonic() - started_at:.1f} s", file=sys.stderr)
 
-class _Steps:
-    """Prints each step of long work with the time it took."""
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._started_at: float | None = None
-        return self._next
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _next(self, step: str) -> None:
-        self._end()
+    def begin(step: str) -> None:
+        nonlocal started_at
+        end()
         print(f"{step} ...", end=" ", flush=True, file=sys.stderr)
-        self._started_at = time.monotonic()
+        started_at = time.monotonic()
 
-    def _end(self) -> None:
-        if self._started_at is not None:
-            print(f"{time.monotonic() - self._started_at:.1f} s", file=sys.stderr)
+    try:
+        yield begin
+    finally:
+        end()
 
 
-def _refuse(error: Exception | str) -> int:
+def refuse(error: Exception | str) -> int:
+    """Say in one line what is wrong; returns the exit code."""
     print(f"metaserve: {error}", file=sys.stderr)
     return 2

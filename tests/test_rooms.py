@@ -46,7 +46,15 @@ PLAN = {
     "app.offline": {"models.package", "app"},
     "app.main": {"models.package", "app"},
     "app.__main__": {"app.cli"},
-    "app.cli": {"models.package", "models.variants", "export.cli", "export.candidate", "app"},
+    "app.cli": {
+        "models.package",
+        "models.variants",
+        "export.arguments",
+        "export.cli",
+        "export.verify_cli",
+        "export.candidate",
+        "app",
+    },
 }
 
 # What each heavy library is imported by; nothing else may, not even inside a function.

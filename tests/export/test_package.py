@@ -339,12 +339,12 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_architecture_without_published_weights_wants_a_file(
+def test_an_embedded_model_needs_no_export(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run("export", "caformer_digits") == 2
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence == "metaserve: give the weights for caformer_digits with --checkpoint FILE"
+    assert "caformer_digits is a package already; --format tensorrt or triton" in sentence
 
 
 def test_randformer_refuses_another_input_size(

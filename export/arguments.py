@@ -1,0 +1,165 @@
+"""The arguments of `metaserve export`, and the network and preprocessing they describe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from models.package import WEIGHTS, InputSpec
+from models.tolerances import Precision
+from models.variants import Activation, Architecture, Mixer, ResidualScaling
+
+FORMATS = ("onnx", "tensorrt", "triton")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe `metaserve export`."""
+    parser.add_argument(
+        "variant",
+        help="a name from `metaserve models`, or hf-hub:USER/REPOSITORY for your own; for "
+        "--format tensorrt and triton also a package directory",
+    )
+    _add_source_arguments(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write [VARIANT]")
+    parser.add_argument("--name", help="name of the package [the directory's name]")
+    parser.add_argument("--version", help="version of the package [hash of the weights]")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        help="of the graph; bf16 runs in torch and TensorRT alone, fp16 everywhere [fp32]",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a package at --out")
+    parser.add_argument("--no-ema", action="store_true", help="take the weights, not their average")
+    parser.add_argument(
+        "--no-weights", action="store_true", help=f"leave out {WEIGHTS} (the torch backend's)"
+    )
+    parser.add_argument(
+        "--head-norm-eps",
+        type=float,
+        metavar="EPS",
+        help="of the norm in the head [1e-5 for official files, 1e-6 for timm's]",
+    )
+    _add_format_arguments(parser)
+    shape = parser.add_argument_group(
+        "preprocessing", "defaults are those of config.json, or of the published weights"
+    )
+    shape.add_argument("--input-size", type=int, metavar="PX")
+    shape.add_argument("--crop-pct", type=float)
+    shape.add_argument("--interpolation", choices=["bicubic", "bilinear"])
+    shape.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
+    shape.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
+    ablation = parser.add_argument_group(
+        "ablations", "for checkpoints that differ from the paper's"
+    )
+    ablation.add_argument("--activation", choices=get_args(Activation))
+    ablation.add_argument("--residual-scaling", choices=get_args(ResidualScaling))
+    ablation.add_argument("--block-bias", action="store_true", default=None)
+    ablation.add_argument(
+        "--mixers", nargs=4, choices=get_args(Mixer), metavar="MIXER", help="one a stage"
+    )
+
+
+def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    target = parser.add_argument_group("formats")
+    target.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="onnx",
+        help="onnx: a package. tensorrt: a package with an engine for this machine's GPU in it. "
+        "triton: a model repository, --out, whose model folder holds the package [%(default)s]",
+    )
+    target.add_argument(
+        "--max-batch-size",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="largest batch of an engine or a Triton model [%(default)s]",
+    )
+    target.add_argument(
+        "--engine-cache",
+        type=Path,
+        metavar="DIR",
+        help="engines and kernel timings of earlier builds",
+    )
+    target.add_argument(
+        "--triton-platform",
+        choices=["onnxruntime", "tensorrt"],
+        default="onnxruntime",
+        help="what runs the model in Triton [%(default)s]",
+    )
+    target.add_argument(
+        "--triton-device",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="what Triton runs it on [%(default)s]",
+    )
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("weights", "downloaded from the hub unless a file is given")
+    source.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="the weights: .safetensors, .pth, .pt or .bin, in the official layout, timm's or ours",
+    )
+    source.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="timm's config.json of that file: labels and preprocessing",
+    )
+    source.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="one label a line, or a .json with label_names, or imagenet-1k, or imagenet-21k",
+    )
+    source.add_argument("--revision", metavar="REV", help="branch, tag or commit to download")
+    source.add_argument("--sha256", metavar="HEX", help="what the weights' file must have")
+
+
+def ablated(architecture: Architecture, arguments: argparse.Namespace) -> Architecture:
+    """Return the architecture with the fields that the command line changes."""
+    fields = ("activation", "residual_scaling", "block_bias", "mixers", "input_size")
+    given = {name: getattr(arguments, name) for name in fields}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if "mixers" in changes:
+        changes["mixers"] = tuple(changes["mixers"])
+    # Random matrices are as large as the grid was in training: another size is another network,
+    # which `check_input_size` refuses.
+    if "random" in architecture.mixers:
+        changes.pop("input_size", None)
+    return replace(architecture, **changes)
+
+
+def input_spec(
+    architecture: Architecture, stated: Mapping[str, Any], arguments: argparse.Namespace
+) -> InputSpec:
+    """Return the preprocessing: flags go before what belongs to the weights.
+
+    Raises:
+        ValueError: a value that cannot be; the sentence names its flag.
+    """
+    flags = {"size": arguments.input_size} | {
+        name: getattr(arguments, name) for name in ("crop_pct", "interpolation", "mean", "std")
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return InputSpec.model_validate({"size": architecture.input_size, **stated, **given})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0])
+        flag = f"--{name.replace('_', '-').replace('size', 'input-size')}"
+        where = flag if name in given else f"{name} in config.json:"
+        raise ValueError(f"{where} {fault['input']}: {fault['msg'].lower()}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
