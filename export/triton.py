@@ -77,6 +77,7 @@ def write_repository(
             f"{package.path} holds a {PLAN}, which may fit another TensorRT than Triton's; give "
             "the package it was made from"
         )
+    _ = package.model_path  # refuses a package without the graph to run or build from
     package.check_files()
     config = config_text(package, name, max_batch_size, platform, device)
     out = root.resolve() / name
@@ -222,7 +223,6 @@ def _fill(
     if package.labels is not None:
         shutil.copyfile(package.path / LABELS, folder / LABELS)
     if platform == "tensorrt":
-        _ = package.model_path  # refuses a package without the graph to build from
         script = version / BUILD_PLAN
         script.write_text(_build_script(package, max_batch_size), "utf-8")
         script.chmod(0o755)

@@ -108,6 +108,14 @@ def test_a_package_without_labels_gets_none(package: Package, tmp_path: Path) ->
     assert "label_filename" not in (model / CONFIG).read_text()
 
 
+def test_a_package_without_a_graph_is_refused(package: Package, tmp_path: Path) -> None:
+    files = {name: sha for name, sha in package.manifest.files.items() if name != "model.onnx"}
+    bare = Package(package.path, package.manifest.model_copy(update={"files": files}))
+    with pytest.raises(PackageError, match=r"holds no model\.onnx"):
+        write_repository(bare, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_taken_place_stays_unless_it_is_to_be_replaced(package: Package, tmp_path: Path) -> None:
     model = write_repository(package, tmp_path, max_batch_size=4)
     with pytest.raises(PackageError, match="exists already"):
