@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,12 @@ class Tolerance:
         """Return the largest allowed difference from logits (N, C)."""
         return self.logit + self.relative_logit * float(reference.std(dtype=np.float64))
 
+    @property
+    def embedding(self) -> float:
+        """The largest distance of an embedding, relative to its length."""
+        # Two vectors of the same length at cosine distance c are sqrt(2 c) of that length apart.
+        return math.sqrt(2 * self.cosine)
+
 
 # fp32: sums in another order differ by about 1e-5 on logits of size one to ten.
 # Halves: three times the worst of seven networks with random weights (the embedded one, S18s, S12s,
@@ -39,3 +46,9 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp16": Tolerance(logit=0.0, relative_logit=0.04, cosine=5e-5),
     "bf16": Tolerance(logit=0.0, relative_logit=0.3, cosine=3e-3),
 }
+
+# These hold where a package is exported; other processors add in other orders. In float32 that is
+# a difference which a wrong graph or a damaged library exceeds by far; half precisions round more
+# coarsely than sums differ.
+ELSEWHERE: dict[Precision, float] = {"fp32": 10, "fp16": 2, "bf16": 2}
+"""By how much a tolerance widens on another machine than the one of the export."""

@@ -20,13 +20,17 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from app.backends.base import BackendInfo
 from app.backends.circuit import Circuit
 from app.backends.loop_thread import LoopThread
 from app.backends.triton_model import Described, check_model
 from app.errors import BackendUnavailable, StartupError
 from app.types import Batch, Rows
+from models.golden import golden_images
 from models.package import Package
+from models.tolerances import ELSEWHERE, TOLERANCES
 
 if TYPE_CHECKING:
     from app.backends.triton_connection import ConnectionLost, TritonConnection
@@ -36,6 +40,7 @@ log = logging.getLogger("metaserve.backends")
 DEFAULT_PORT = 8001
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.25
+SAME_SECONDS = 30.0
 # Beyond what bounds a call inside the loop; to be exceeded only by a loop that hangs.
 GRACE_SECONDS = 10.0
 
@@ -153,6 +158,7 @@ class TritonBackend:
             self._circuit.begin_probe(time.monotonic())
             try:
                 connection, _ = await self._connect()
+                await self._check_same(connection)
             except Exception as error:  # whatever it is, the next probe may find it mended
                 self._circuit.probe_failed(time.monotonic())
                 if str(error) != said:
@@ -186,6 +192,31 @@ class TritonBackend:
                 raise self._lib.ConnectionLost(f"no answer in {PROBE_SECONDS:g} s") from error
             raise
         return connection, described
+
+    async def _check_same(self, connection: TritonConnection) -> None:
+        """See that the model behind a new connection still is the package's.
+
+        Its repository may have changed while it was away. At the start this is the golden check's.
+
+        Raises:
+            StartupError: it answers a golden image with other numbers; the connection is closed.
+            Exception: it cannot be asked; likewise.
+        """
+        expected = self._package.golden[0]
+        images = golden_images(self._package.manifest.input.size, len(expected))
+        try:
+            rows = await connection.infer(images[:1], time.monotonic() + SAME_SECONDS)
+            precision = self._package.manifest.precision
+            allowed = ELSEWHERE[precision] * TOLERANCES[precision].allowed(expected)
+            difference = float(np.abs(rows.logits - expected[:1]).max())
+            if not difference <= allowed:  # also true for NaN
+                raise StartupError(
+                    f"model {self._model} there is another than before: its logits are "
+                    f"{difference:.2g} from those of {self._package.path}"
+                )
+        except BaseException:
+            await connection.close()
+            raise
 
     async def _start(self, wait_seconds: float) -> Described:
         until, said = time.monotonic() + wait_seconds, ""

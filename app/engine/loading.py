@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 
@@ -18,14 +17,10 @@ from app.errors import first_line
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package, PackageError
-from models.tolerances import TOLERANCES, Precision
+from models.tolerances import ELSEWHERE, TOLERANCES, Precision
 
 log = logging.getLogger("metaserve.engine")
 
-# The tolerances hold where a package is exported; other processors add in other orders. In float32
-# that makes a difference that a wrong graph or a damaged library exceeds by far; half precisions
-# round more coarsely than sums differ.
-START_TOLERANCE_FACTORS: dict[Precision, float] = {"fp32": 10, "fp16": 2, "bf16": 2}
 # A run of a small network takes less than a millisecond, and another process on the same core takes
 # it away for several: the best of 50 ms is one that was left alone. A large network is not worth
 # more than two runs a size, or a start would take a minute.
@@ -94,9 +89,8 @@ def start_tolerances(precision: Precision, logits: NDArray[np.float32]) -> tuple
     Returns:
         The largest difference of a logit, and of an embedding relative to its length.
     """
-    tolerance, factor = TOLERANCES[precision], START_TOLERANCE_FACTORS[precision]
-    # Two vectors of the same length at cosine distance c are sqrt(2 c) of that length apart.
-    return factor * tolerance.allowed(logits), factor * math.sqrt(2 * tolerance.cosine)
+    tolerance, factor = TOLERANCES[precision], ELSEWHERE[precision]
+    return factor * tolerance.allowed(logits), factor * tolerance.embedding
 
 
 def warm_up(

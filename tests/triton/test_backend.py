@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc.aio import InferenceServerClient as AsyncClient
@@ -353,6 +354,35 @@ def test_a_killed_server_is_refused_at_once_and_used_again_when_back(
         ready_at = time.monotonic()
         wait_until(lambda: answers(backend, images), "it answers again", seconds=5)
         assert time.monotonic() - ready_at < 5
+        assert backend.run(images).logits.tobytes() == expected.logits.tobytes()
+
+
+def test_a_server_that_comes_back_with_another_model_is_not_used(
+    mortal: TritonServer, package: Package, images: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
+    graph = mortal.repository.path / MODEL / "1" / "model.onnx"
+    with backend_of(mortal, package) as backend:
+        expected = backend.run(images)
+        mortal.kill()
+        ours = graph.read_bytes()
+        model = onnx.load_from_string(ours)
+        (bias,) = (one for one in model.graph.initializer if one.name.endswith("head.fc.fc2.bias"))
+        moved = onnx.numpy_helper.to_array(bias) + np.float32(0.1)
+        bias.CopyFrom(onnx.numpy_helper.from_array(moved, bias.name))
+        onnx.save(model, graph)
+        with pytest.raises(BackendUnavailable):
+            backend.run(images)
+        mortal.start()
+
+        def said() -> bool:
+            assert not answers(backend, images), "it answers with another network's numbers"
+            return "there is another than before: its logits are 0.1 from those" in caplog.text
+
+        wait_until(said, "the other model is found")
+        mortal.kill()
+        graph.write_bytes(ours)
+        mortal.start()
+        wait_until(lambda: answers(backend, images), "it answers again", seconds=5)
         assert backend.run(images).logits.tobytes() == expected.logits.tobytes()
 
 
