@@ -13,6 +13,7 @@ from app.backends.ort_device import BoundBuckets
 from app.backends.ort_session import CPU, CUDA, TENSORRT, SessionPlan, open_session
 from app.errors import StartupError
 from app.types import Batch, Rows
+from models.gpu import NoGpuError, find_gpu
 from models.onnx_runtime import import_onnxruntime
 from models.package import MODEL, Package
 
@@ -116,8 +117,7 @@ class OnnxRuntimeBackend:
 def _choose(provider: Provider, available: list[str]) -> str:
     """Return the execution provider's name, or refuse in one sentence."""
     if provider == "auto":
-        has_gpu = Path("/dev/nvidiactl").exists()
-        provider = "cuda" if has_gpu and _PROVIDERS["cuda"] in available else "cpu"
+        provider = "cuda" if _PROVIDERS["cuda"] in available and _has_gpu() else "cpu"
     chosen = _PROVIDERS[provider]
     if chosen not in available:
         raise StartupError(
@@ -126,6 +126,14 @@ def _choose(provider: Provider, available: list[str]) -> str:
             "and METASERVE_ORT_PROVIDER=auto"
         )
     return chosen
+
+
+def _has_gpu() -> bool:
+    try:
+        find_gpu()
+    except NoGpuError:
+        return False
+    return True
 
 
 def _refuse_two_distributions() -> None:

@@ -16,6 +16,7 @@ from app.backends.fake import FakeBackend
 from app.backends.select import select_backend
 from app.errors import StartupError
 from app.settings import Settings
+from models.gpu import Gpu, NoGpuError
 from models.package import Package, PackageError, find_package, open_package
 
 
@@ -215,7 +216,12 @@ def test_a_session_on_the_provider_asked_for_is_taken(
 def test_auto_takes_cuda_only_where_there_is_a_gpu(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(Path, "exists", lambda path: gpu)
+    def find_gpu() -> Gpu:
+        if not gpu:
+            raise NoGpuError("the driver shows none")
+        return Gpu("NVIDIA H200", "9.0")
+
+    monkeypatch.setattr(ort_backend, "find_gpu", find_gpu)
     available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert ort_backend._choose("auto", available) == f"{expected}ExecutionProvider"
     assert ort_backend._choose("auto", available[1:]) == "CPUExecutionProvider"
