@@ -11,7 +11,9 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 
+from models.folding import fold_served_model
 from models.golden import golden_images
 from models.serving import ServedModel
 
@@ -25,7 +27,12 @@ IR_VERSION = 10
 
 
 def export_onnx(model: ServedModel, input_size: int, path: Path) -> None:
-    """Trace a served model and write it.
+    """Fold a served model and write it as `write_onnx` does."""
+    write_onnx(fold_served_model(model), input_size, path)
+
+
+def write_onnx(model: nn.Module, input_size: int, path: Path) -> None:
+    """Trace a model that takes and gives what a `ServedModel` does, and write it.
 
     The graph takes `images` uint8 (batch, S, S, 3) and gives `logits` and `embedding`, float32.
 

@@ -60,8 +60,8 @@ PLAN = {
 # What each heavy library is imported by; nothing else may, not even inside a function.
 HEAVY = {
     "torch": {"models.layers", "models.metaformer", "models.checkpoints", "models.build",
-              "models.serving", "models.precision", "export.onnx", "export.verify",
-              "export.calibration", "export.publish", "app.backends.pytorch",
+              "models.folding", "models.serving", "models.precision", "export.onnx",
+              "export.verify", "export.calibration", "export.publish", "app.backends.pytorch",
               "app.backends.torch_cuda", "app.backends.pytorch_buckets",
               "app.backends.pytorch_compile", "app.backends.pytorch_cuda",
               "app.backends.pytorch_paths"},
