@@ -15,6 +15,7 @@ from torch import nn
 
 from models.folding import fold_served_model
 from models.golden import golden_images
+from models.metaformer import MetaFormer
 from models.serving import ServedModel
 
 # TensorRT's importer misreads one-group norms from 21 on; 20 is the newest before that.
@@ -27,8 +28,12 @@ IR_VERSION = 10
 
 
 def export_onnx(model: ServedModel, input_size: int, path: Path) -> None:
-    """Fold a served model and write it as `write_onnx` does."""
-    write_onnx(fold_served_model(model), input_size, path)
+    """Write a served model as `write_onnx` does, folded if it computes in float32.
+
+    Folding is for CPUs, which run float32; a network that was cast for a GPU stays as it is.
+    """
+    folded = isinstance(model.network, MetaFormer)
+    write_onnx(fold_served_model(model) if folded else model, input_size, path)
 
 
 def write_onnx(model: nn.Module, input_size: int, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.layers import (
     Attention,
@@ -41,15 +42,55 @@ class ConvChain(nn.Sequential):
         return x.permute(0, 2, 3, 1)
 
 
-class ChannelAffine(nn.Conv2d):
-    """One factor and one summand a channel, of (B, C, H, W).
+class ChannelStarReLU(nn.Conv2d):
+    """StarReLU of (B, C, H, W), its two scalars repeated for each channel.
 
-    A depthwise 1x1 convolution, since a product or a sum with a constant would leave the blocked
-    layout of a chain: two reorderings of the widest tensor there is.
+    They are a depthwise 1x1 convolution, since a product or a sum with a constant would leave the
+    blocked layout of a chain: two reorderings of the widest tensor there is.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 1, groups=channels)
+    def __init__(self, activation: StarReLU, channels: int) -> None:
+        super().__init__(channels, channels, 1, groups=channels, dtype=activation.scale.dtype)
+        nn.init.constant_(self.weight, activation.scale.item())
+        nn.init.constant_(cast(Tensor, self.bias), activation.bias.item())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every element."""
+        positive = F.relu(x)
+        return super().forward(positive * positive)
+
+
+class FoldedAttention(nn.Module):
+    """Attention whose queries, keys and values come out of a 1x1 convolution each.
+
+    Their (B, C, H, W) is (B, heads, head_dim, N) as it lies in memory, and products read either
+    operand transposed at no cost: nothing is split, only the result is transposed.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        weights: tuple[Tensor, ...] = attention.qkv.weight.double().chunk(3)
+        biases: tuple[Tensor | None, ...] = (None,) * 3
+        if attention.qkv.bias is not None:
+            biases = attention.qkv.bias.double().chunk(3)
+        dtype, scale = attention.qkv.weight.dtype, attention.scale
+        self.query = _pointwise(weights[0], biases[0], dtype, scale)
+        self.key = _pointwise(weights[1], biases[1], dtype)
+        self.value = _pointwise(weights[2], biases[2], dtype)
+        self.proj = attention.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix (B, H, W, C)."""
+        batch, height, width, channels = x.shape
+        x = x.permute(0, 3, 1, 2)
+        query, key, value = (
+            layer(x).reshape(batch, self.heads, -1, height * width)  # (B, heads, head_dim, N)
+            for layer in (self.query, self.key, self.value)
+        )
+        weights = (query.transpose(-2, -1) @ key).softmax(-1)  # (B, heads, N, N)
+        mixed = (weights @ value.transpose(-2, -1)).transpose(1, 2)  # (B, N, heads, head_dim)
+        return self.proj(mixed.reshape(batch, height, width, channels))  # type: ignore[no-any-return]
 
 
 class BareImageNorm(ImageNorm):
@@ -99,11 +140,10 @@ def fold_served_model(model: ServedModel) -> FoldedServedModel:
 @torch.no_grad()
 def fold_network(network: MetaFormer) -> MetaFormer:
     """Return a folded copy of a trained network; it runs on the same inputs."""
-    folded = copy.deepcopy(network).requires_grad_(False)
-    for block in folded.modules():
-        if isinstance(block, Block):
-            _fold_block(block)
-    return folded.eval()
+    folded = copy.deepcopy(network)
+    for block in [module for module in folded.modules() if isinstance(module, Block)]:
+        _fold_block(block)
+    return folded.eval().requires_grad_(False)
 
 
 def _fold_block(block: Block) -> None:
@@ -116,7 +156,7 @@ def _fold_block(block: Block) -> None:
     elif isinstance(mixer, Attention):
         _fold_norm(block, "norm1", mixer.qkv)
         _fold_scales(block, "1", mixer.proj)
-        _fold_attention(mixer)
+        block.token_mixer = FoldedAttention(mixer)
     _fold_norm(block, "norm2", block.mlp.fc1)
     _fold_scales(block, "2", block.mlp.fc2)
     block.add_module("mlp", _fold_mlp(block.mlp))
@@ -147,38 +187,19 @@ def _fold_scales(block: Block, branch: str, last: nn.Linear) -> None:
             setattr(block, name, nn.Identity())
 
 
-def _fold_attention(attention: Attention) -> None:
-    """Move the scale of the scores into the rows of the queries, in place."""
-    dim = attention.proj.in_features
-    for parameter in (attention.qkv.weight, attention.qkv.bias):
-        if parameter is not None:
-            parameter[:dim].copy_(parameter[:dim].double() * attention.scale)
-    attention.scale = 1.0
-
-
 def _fold_sep_conv(mixer: SepConv) -> ConvChain:
     """Return the chain of a SepConv.
 
     The constants of its StarReLU stay before the depthwise convolution, whose zero padding comes
     after them: folded into it they would be wrong along the border.
     """
-    depthwise = mixer.dwconv
-    conv = nn.Conv2d(
-        depthwise.in_channels,
-        depthwise.out_channels,
-        depthwise.kernel_size,  # type: ignore[arg-type]
-        padding=depthwise.padding,  # type: ignore[arg-type]
-        groups=depthwise.groups,
-    )
-    conv.weight, conv.bias = depthwise.weight, depthwise.bias
+    channels = mixer.dwconv.in_channels
+    depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+    depthwise.weight, depthwise.bias = mixer.dwconv.weight, mixer.dwconv.bias
     activation = mixer.act1
-    middle: list[nn.Module] = [activation]
     if isinstance(activation, StarReLU):
-        affine = ChannelAffine(depthwise.in_channels).to(depthwise.weight)
-        affine.weight.copy_(activation.scale.expand(affine.weight.shape[0]).view(-1, 1, 1, 1))
-        cast(Tensor, affine.bias).copy_(activation.bias.expand(affine.weight.shape[0]))
-        middle = [SquaredReLU(), affine]
-    return ConvChain(_pointwise(mixer.pwconv1), *middle, conv, _pointwise(mixer.pwconv2))
+        activation = ChannelStarReLU(activation, channels)
+    return ConvChain(_as_conv(mixer.pwconv1), activation, depthwise, _as_conv(mixer.pwconv2))
 
 
 def _fold_mlp(mlp: Mlp) -> ConvChain:
@@ -189,20 +210,26 @@ def _fold_mlp(mlp: Mlp) -> ConvChain:
         _add_to_bias(mlp.fc2, weight.sum(1) * activation.bias.double())
         mlp.fc2.weight.copy_(weight * activation.scale.double())
         activation = SquaredReLU()
-    return ConvChain(_pointwise(mlp.fc1), activation, _pointwise(mlp.fc2))
+    return ConvChain(_as_conv(mlp.fc1), activation, _as_conv(mlp.fc2))
 
 
 def _add_to_bias(linear: nn.Linear, summand: Tensor) -> None:
     """Add to the bias of a linear layer, which gets one where it has none."""
     total = summand if linear.bias is None else linear.bias.double() + summand
-    linear.bias = nn.Parameter(total.to(linear.weight.dtype), requires_grad=False)
+    linear.bias = nn.Parameter(total.to(linear.weight.dtype))
 
 
-def _pointwise(linear: nn.Linear) -> nn.Conv2d:
+def _as_conv(linear: nn.Linear) -> nn.Conv2d:
     """Return a linear layer as a 1x1 convolution."""
-    bias = linear.bias is not None
-    conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=bias).to(linear.weight)
-    conv.weight.copy_(linear.weight[:, :, None, None])
-    if bias:
-        cast(Tensor, conv.bias).copy_(linear.bias)
+    return _pointwise(linear.weight, linear.bias, linear.weight.dtype)
+
+
+def _pointwise(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, factor: float = 1.0
+) -> nn.Conv2d:
+    """Return a 1x1 convolution with a matrix (out, in) and a bias (out), both times a factor."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, dtype=dtype)
+    conv.weight.copy_((weight * factor)[:, :, None, None])
+    if bias is not None:
+        cast(Tensor, conv.bias).copy_(bias * factor)
     return conv

@@ -5,6 +5,7 @@ Source of all formulas: "MetaFormer Baselines for Vision" (Yu et al., 2022), sec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -71,7 +72,7 @@ class ImageNorm(nn.Module):
         """Bring each image to mean 0 and variance 1."""
         # As one channel of H*W*C values this exports to InstanceNormalization, whose axes no
         # runtime can misread; GroupNormalization with one group has been misread as per channel.
-        flat = F.group_norm(x.flatten(1).unsqueeze(1), 1, eps=self.eps)
+        flat = F.group_norm(x.reshape(-1, 1, math.prod(x.shape[1:])), 1, eps=self.eps)
         return flat.reshape(x.shape)
 
 
@@ -163,13 +164,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix (B, H, W, C)."""
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3 * self.heads, -1)
-        query, key, value = qkv.transpose(1, 2).chunk(3, 1)  # (B, heads, N, head_dim)
-        if self.scale != 1:  # folded networks have it in the weights of the queries
-            query = query * self.scale
+        qkv = self.qkv(x).reshape(batch, height * width, 3, self.heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, head_dim)
         # Written out: the fused operator exports to twice the nodes, and as one Attention node
         # from opset 23 on, which not every runtime builds in float32.
-        weights = (query @ key.transpose(-2, -1)).softmax(-1)  # (B, heads, N, N)
+        weights = ((query * self.scale) @ key.transpose(-2, -1)).softmax(-1)  # (B, heads, N, N)
         mixed = (weights @ value).transpose(1, 2).reshape(batch, height, width, channels)
         return self.proj(mixed)  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.folding import (
     BareImageNorm,
-    ChannelAffine,
+    ChannelStarReLU,
     ConvChain,
     fold_network,
     fold_served_model,
@@ -162,8 +162,8 @@ def test_a_folded_network_is_made_of_chains_and_has_no_constants_left_to_multipl
     assert ImageNorm not in kinds
     assert Scale not in kinds
     assert kinds.count(ConvChain) == 4 + 2  # an MLP in each block, two SepConvs
-    assert kinds.count(ChannelAffine) == 2
-    assert kinds.count(SquaredReLU) == 4 + 2 + 1  # and the head's
+    assert kinds.count(ChannelStarReLU) == 2
+    assert kinds.count(SquaredReLU) == 4 + 1  # and the head's
     assert kinds.count(BareImageNorm) == 8
 
 
