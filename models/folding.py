@@ -117,8 +117,9 @@ class FoldedServedModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network; takes and gives what `ServedModel` does."""
-        # Bytes are permuted before they become four times as large; what follows undoes the view.
-        centred = images.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean
+        # Subtracting runs along rows of one channel: from (B, H, W, 3) it takes ten times as long.
+        # The cast comes first because TensorRT permutes no bytes.
+        centred = images.to(self.mean.dtype).permute(0, 3, 1, 2) - self.mean
         logits, embedding = self.network(centred.permute(0, 2, 3, 1))
         return logits.float(), embedding.float()
 
