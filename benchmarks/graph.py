@@ -109,6 +109,8 @@ def measure(paths: dict[str, Path], threads: int, batch: int, seconds: float) ->
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # Else the threads of one session spin for a while beside those of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     providers = ["CPUExecutionProvider"]
     sessions = {
         name: ort.InferenceSession(path, options, providers=providers)
