@@ -27,8 +27,10 @@ from tests.servers import EMBEDDED, running_service
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A package that may be written to."""
-    return Path(shutil.copytree(EMBEDDED, tmp_path / "digits"))
+    """A package that may be written to, and was never proven."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "digits"))
+    replace_manifest(folder, open_package(folder).manifest.model_copy(update={"proofs": ()}))
+    return folder
 
 
 def verify(package: Path, *arguments: str) -> int:
@@ -162,6 +164,13 @@ def test_a_reader_never_sees_half_a_manifest(copy: Path) -> None:
     assert (copy / MANIFEST).stat().st_ino != inode, "exchanged, not overwritten"
     assert (copy / MANIFEST).stat().st_mode & 0o777 == 0o644
     assert json.loads((copy / MANIFEST).read_text()) == package.manifest.model_dump(mode="json")
+
+
+def test_the_embedded_package_carries_the_table_of_three_backends() -> None:
+    manifest = open_package(EMBEDDED).manifest
+    assert [proof.backend for proof in manifest.proofs] == ["onnxruntime", "torch", "triton"]
+    for proof in manifest.proofs:
+        assert proof.max_abs_logit_difference <= proof.logit_tolerance == 1e-4
 
 
 def test_a_damaged_package_is_not_proven(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
