@@ -150,22 +150,16 @@ def _export_package(arguments: argparse.Namespace, out: Path) -> Package:
         raise SourceError(str(error)) from error
     precision: Precision = arguments.precision or "fp32"
     request = ExportRequest(
-        variant=source.variant,
+        weights=source,
         architecture=architecture,
-        checkpoint=source.checkpoint,
         input=spec,
         out=out,
         name=arguments.name,
         version=arguments.version,
-        names=source.names,
-        classes=source.classes,
-        file=source.file,
-        repository=source.repository,
-        commit=source.commit,
         precision=precision,
         head_norm_eps=eps,
         ema=not arguments.no_ema,
-        weights=not arguments.no_weights,
+        keep_weights=not arguments.no_weights,
         overwrite=arguments.overwrite,
         report=None if precision == "fp32" else _report,
     )

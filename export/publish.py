@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from export.graph_runner import graph_run
 from export.onnx import OPSET, OPSET_BFLOAT16, export_onnx
 from export.staging import check_place, staged
 from export.verify import IMAGES, VerificationError, compare, judge, torch_answers, torch_run
+from export.weights import Weights
 from models.build import build_network
-from models.checkpoints import load_checkpoint, save_weights
-from models.classes import ClassNames
+from models.checkpoints import Checkpoint, load_checkpoint, save_weights
 from models.golden import golden_images
+from models.metaformer import MetaFormer
 from models.package import (
     GOLDEN,
     MANIFEST,
@@ -36,6 +38,7 @@ from models.package import (
     Package,
     PackageError,
     Source,
+    Verification,
     check_name,
     hash_files,
     open_package,
@@ -53,43 +56,31 @@ class ExportRequest:
     """What to export and how to describe it.
 
     Attributes:
-        variant: the name it was asked for by.
-        architecture: the network.
-        checkpoint: the weights' file.
+        weights: the checkpoint and what is known of it.
+        architecture: the network, with what the command line changes of the weights' own.
         input: preprocessing; `input.size` is the side the graph is fixed to.
         out: the package directory to create.
         name: of the package; the directory's name when None.
         version: of the package; made from the hash of the weights when None.
-        names: of the classes.
-        classes: outputs the classifier must have; as many as it has when None.
-        file: the checkpoint's path in its repository; its name when None.
-        repository: on the hub, where the checkpoint came from one.
-        commit: of the repository.
         precision: of the graph; the weights file stays in float32.
         head_norm_eps: of the norm in an `mlp` head; the checkpoint's own when None.
         ema: prefer the moving average in a training checkpoint.
-        weights: put `weights.safetensors` into the package, for the torch backend.
+        keep_weights: put `weights.safetensors` into the package, for the torch backend.
         overwrite: replace a package that is there.
         report: is shown the range of the activations.
         evaluation: accuracy to state in the manifest, measured on the finished package.
     """
 
-    variant: str
+    weights: Weights
     architecture: Architecture
-    checkpoint: Path
     input: InputSpec
     out: Path
     name: str | None = None
     version: str | None = None
-    names: ClassNames | None = None
-    classes: int | None = None
-    file: str | None = None
-    repository: str | None = None
-    commit: str | None = None
     precision: Precision = "fp32"
     head_norm_eps: float | None = None
     ema: bool = True
-    weights: bool = True
+    keep_weights: bool = True
     overwrite: bool = False
     report: Callable[[Calibration], None] | None = None
     evaluation: Callable[[Package], Evaluation] | None = None
@@ -123,62 +114,24 @@ def export_package(request: ExportRequest, progress: Callable[[str], None]) -> P
 
 
 def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None]) -> None:
-    progress(f"reading {request.checkpoint.name}")
-    checkpoint = load_checkpoint(request.checkpoint, ema=request.ema)
-    if request.head_norm_eps is not None:
-        checkpoint = replace(checkpoint, head_norm_eps=request.head_norm_eps)
+    progress(f"reading {request.weights.checkpoint.name}")
+    checkpoint = _read_checkpoint(request)
     network = build_network(request.architecture, checkpoint)
-    model = ServedModel(network, request.input).eval()
-    if request.classes not in (None, checkpoint.classes):
-        raise PackageError(
-            f"{request.checkpoint.name} has {checkpoint.classes} classes, and {request.classes} "
-            "are stated for it"
-        )
-    if request.names is not None:
-        request.names.write(folder, checkpoint.classes)
-    if request.weights:
+    if request.weights.names is not None:
+        request.weights.names.write(folder, checkpoint.classes)
+    if request.keep_weights:
         save_weights(network.state_dict(), checkpoint.head_norm_eps, folder / WEIGHTS)
-    reference = torch_answers(model, request.input.size)
-    if not all(np.isfinite(array).all() for array in reference):
-        raise VerificationError(
-            f"{request.checkpoint.name} computes values that are not finite; its weights are broken"
-        )
-    np.savez(folder / GOLDEN, logits=reference[0], embedding=reference[1])
+    reference = _write_golden(folder, network, request)
+    calibration = _calibrate(network, request)
     size, precision = request.input.size, request.precision
-    calibration = calibrate(model, golden_images(size, IMAGES))
-    if request.report is not None:
-        request.report(calibration)
-    if precision == "fp16":
-        check_float16(calibration)
     served = ServedModel(cast_network(deepcopy(network), precision), request.input).eval()
-    progress(f"tracing {request.variant} in {precision} at {size} px")
+    progress(f"tracing {request.weights.variant} in {precision} at {size} px")
     export_onnx(served, size, folder / MODEL)
     progress("proving it against torch in float32")
-    # ONNX Runtime runs no bfloat16 on a CPU.
-    run, runtime = graph_run(folder / MODEL, widen=precision == "bf16")
-    verification = compare(run, runtime, size, reference, precision)
-    judge(verification, precision)
+    verification = _prove_graph(folder / MODEL, request, reference)
     proofs = () if precision == "fp32" else _prove_half(served, request, folder, reference)
     manifest = Manifest(
-        name=request.name or request.out.resolve().name,
-        version=request.version or checkpoint.sha256[:12],
-        variant=request.variant,
-        architecture=ArchitectureSpec(**asdict(request.architecture)),
-        classes=checkpoint.classes,
-        embedding_dim=request.architecture.embedding_dim,
-        head_norm_eps=checkpoint.head_norm_eps,
-        input=request.input,
-        precision=precision,
-        opset=OPSET_BFLOAT16 if precision == "bf16" else OPSET,
-        tools=tool_versions(),
-        files=dict(hash_files(folder)),
-        source=Source(
-            file=request.file or request.checkpoint.name,
-            sha256=checkpoint.sha256,
-            layout=checkpoint.layout,
-            repository=request.repository,
-            commit=request.commit,
-        ),
+        **_description(folder, checkpoint, request),
         verification=verification,
         proofs=proofs,
         calibration=calibration,
@@ -188,6 +141,51 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
         evaluation = request.evaluation(Package(folder, manifest))
         manifest = manifest.model_copy(update={"evaluation": evaluation})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
+
+
+def _read_checkpoint(request: ExportRequest) -> Checkpoint:
+    """Return the checkpoint with the epsilon and the classes that were asked for."""
+    path, classes = request.weights.checkpoint, request.weights.classes
+    checkpoint = load_checkpoint(path, ema=request.ema)
+    if classes not in (None, checkpoint.classes):
+        raise PackageError(
+            f"{path.name} has {checkpoint.classes} classes, and {classes} are stated for it"
+        )
+    if request.head_norm_eps is None:
+        return checkpoint
+    return replace(checkpoint, head_norm_eps=request.head_norm_eps)
+
+
+def _write_golden(folder: Path, network: MetaFormer, request: ExportRequest) -> Answers:
+    """Return the reference of the proof, and keep it for every start."""
+    model = ServedModel(network, request.input).eval()
+    logits, embedding = torch_answers(model, request.input.size)
+    if not (np.isfinite(logits).all() and np.isfinite(embedding).all()):
+        raise VerificationError(
+            f"{request.weights.checkpoint.name} computes values that are not finite; "
+            "its weights are broken"
+        )
+    np.savez(folder / GOLDEN, logits=logits, embedding=embedding)
+    return logits, embedding
+
+
+def _calibrate(network: MetaFormer, request: ExportRequest) -> Calibration:
+    """Report how large activations grow, and refuse fp16 where it does not hold them."""
+    model = ServedModel(network, request.input).eval()
+    calibration = calibrate(model, golden_images(request.input.size, IMAGES))
+    if request.report is not None:
+        request.report(calibration)
+    if request.precision == "fp16":
+        check_float16(calibration)
+    return calibration
+
+
+def _prove_graph(path: Path, request: ExportRequest, reference: Answers) -> Verification:
+    # ONNX Runtime runs no bfloat16 on a CPU.
+    run, runtime = graph_run(path, widen=request.precision == "bf16")
+    verification = compare(run, runtime, request.input.size, reference, request.precision)
+    judge(verification, request.precision)
+    return verification
 
 
 def _prove_half(
@@ -208,6 +206,32 @@ def _prove_half(
     return (
         BackendProof(**rounding.model_dump(), backend="torch", precision=precision, device="cpu"),
     )
+
+
+def _description(folder: Path, checkpoint: Checkpoint, request: ExportRequest) -> dict[str, Any]:
+    """Return the fields of the manifest that say what the package is."""
+    weights, precision = request.weights, request.precision
+    return {
+        "name": request.name or request.out.resolve().name,
+        "version": request.version or checkpoint.sha256[:12],
+        "variant": weights.variant,
+        "architecture": ArchitectureSpec(**asdict(request.architecture)),
+        "classes": checkpoint.classes,
+        "embedding_dim": request.architecture.embedding_dim,
+        "head_norm_eps": checkpoint.head_norm_eps,
+        "input": request.input,
+        "precision": precision,
+        "opset": OPSET_BFLOAT16 if precision == "bf16" else OPSET,
+        "tools": tool_versions(),
+        "files": dict(hash_files(folder)),
+        "source": Source(
+            file=weights.file,
+            sha256=checkpoint.sha256,
+            layout=checkpoint.layout,
+            repository=weights.repository,
+            commit=weights.commit,
+        ),
+    }
 
 
 def tool_versions() -> dict[str, str]:

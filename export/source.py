@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from export.hub import HubError, NoSuchFile, fetch, page_of
 from export.timm_config import TimmConfig, read_timm_config
+from export.weights import Weights
 from models.classes import SHIPPED, SHIPPED_CLASSES, ClassNames, read_names, shipped_names
 from models.package import PackageError, sha256_file
 from models.variants import Architecture, find_variant
@@ -46,33 +47,6 @@ class Wanted:
     labels: str | None = None
     revision: str | None = None
     sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights on this machine and what belongs to them.
-
-    Attributes:
-        variant: the name a package of them gets unless told otherwise.
-        architecture: the network.
-        checkpoint: the weights' file.
-        file: its name, or its path in the repository.
-        classes: outputs that the classifier must have, or None where nobody says.
-        names: of the classes, or None.
-        preprocessing: fields of `InputSpec` that belong to these weights.
-        repository: on the hub, or None.
-        commit: of the repository, or None.
-    """
-
-    variant: str
-    architecture: Architecture
-    checkpoint: Path
-    file: str
-    classes: int | None = None
-    names: ClassNames | None = None
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    repository: str | None = None
-    commit: str | None = None
 
 
 def find_source(wanted: Wanted, progress: Progress) -> Weights:

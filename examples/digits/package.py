@@ -17,6 +17,7 @@ from app.images.prepare import prepare_image
 from examples.digits.data import held_out
 from export.proofs import format_verification
 from export.publish import ExportRequest, export_package
+from export.weights import Weights
 from models.classes import read_names
 from models.package import Evaluation, InputSpec, Package
 from models.variants import CAFORMER_DIGITS
@@ -47,14 +48,20 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
+    checkpoint = arguments.checkpoint
+    weights = Weights(
+        CAFORMER_DIGITS.name,
+        CAFORMER_DIGITS,
+        checkpoint,
+        file=checkpoint.name,
+        names=read_names(LABELS),
+    )
     request = ExportRequest(
-        variant=CAFORMER_DIGITS.name,
+        weights=weights,
         architecture=CAFORMER_DIGITS,
-        checkpoint=arguments.checkpoint,
         input=InputSpec(size=CAFORMER_DIGITS.input_size),
         out=arguments.out,
         name=CAFORMER_DIGITS.name,
-        names=read_names(LABELS),
         overwrite=True,
         evaluation=evaluate,
     )
