@@ -145,7 +145,15 @@ def _opener(arguments: argparse.Namespace) -> OpenBackend:
             rows = backend.run(batch)
             return rows.logits, rows.embedding
 
-        return Candidate(name, info.precision, info.device, info.runtime, run, backend.close)
+        return Candidate(
+            name,
+            info.precision,
+            info.device,
+            info.runtime,
+            info.max_batch_size,
+            run,
+            backend.close,
+        )
 
     return open_backend
 

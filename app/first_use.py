@@ -20,7 +20,7 @@ from types import FrameType
 
 from app.errors import StartupError
 from app.settings import Settings
-from models.package import PackageNotFound, find_package, user_cache
+from models.package import MANIFEST, PackageNotFound, find_package, user_cache
 from models.variants import find_variant
 
 # From SIGINT to SIGKILL: time for the child to remove what it had half downloaded.
@@ -54,6 +54,11 @@ def locate_package(settings: Settings, say: Say, relay: bool) -> Path:
     except PackageNotFound:
         pass
     store = _store(settings)
+    if (store / variant).exists() and not (store / variant / MANIFEST).is_file():
+        raise StartupError(
+            f"{store / variant} is there and is no model package; move it away, or set "
+            "METASERVE_MODEL_STORE to another directory"
+        )
     try:
         with tempfile.TemporaryDirectory(prefix=".first_use.", dir=store) as folder:
             say(f"there is no package {variant} yet: fetching and exporting it into {store}, once")

@@ -114,9 +114,13 @@ def load_model(state: ServiceState) -> LoadedModel:
     # Read now, so that a wrong file stops the start and not a request.
     _ = package.labels, package.wordnet_ids
     backend = select_backend(settings, package, settings.threads or cpu_limit())
-    golden = check_golden(backend, package) if backend.info.runs_package else None
-    limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
-    times = warm_up(backend, limit)
+    try:
+        golden = check_golden(backend, package) if backend.info.runs_package else None
+        limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
+        times = warm_up(backend, limit)
+    except BaseException:
+        backend.close()
+        raise
     return wire_model(state, backend, times, times.largest_useful(), golden)
 
 

@@ -15,6 +15,21 @@ from models.tolerances import Precision
 from models.variants import Activation, Architecture, Mixer, ResidualScaling
 
 FORMATS = ("onnx", "tensorrt", "triton")
+MAX_BATCH_SIZE = 32
+
+# Flags that mean something to some formats only, by their names in the namespace.
+_OF_FORMATS = {
+    "max_batch_size": ("tensorrt", "triton"),
+    "engine_cache": ("tensorrt",),
+    "triton_platform": ("triton",),
+    "triton_device": ("triton",),
+}
+# Flags that describe weights, a network or its preprocessing: a package has them settled.
+_OF_WEIGHTS = (
+    "config", "labels", "revision", "sha256", "version", "no_ema", "no_weights", "head_norm_eps",
+    "input_size", "crop_pct", "interpolation", "mean", "std", "activation", "residual_scaling",
+    "block_bias", "mixers",
+)  # fmt: skip
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +91,8 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--max-batch-size",
         type=_positive,
-        default=32,
         metavar="N",
-        help="largest batch of an engine or a Triton model [%(default)s]",
+        help=f"largest batch of an engine or a Triton model [{MAX_BATCH_SIZE}]",
     )
     target.add_argument(
         "--engine-cache",
@@ -89,14 +103,12 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--triton-platform",
         choices=["onnxruntime", "tensorrt"],
-        default="onnxruntime",
-        help="what runs the model in Triton [%(default)s]",
+        help="what runs the model in Triton [onnxruntime]",
     )
     target.add_argument(
         "--triton-device",
         choices=["auto", "cpu", "gpu"],
-        default="auto",
-        help="what Triton runs it on [%(default)s]",
+        help="what Triton runs it on [auto]",
     )
 
 
@@ -121,6 +133,36 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--revision", metavar="REV", help="branch, tag or commit to download")
     source.add_argument("--sha256", metavar="HEX", help="what the weights' file must have")
+
+
+def refuse_idle_flags(arguments: argparse.Namespace, *, of_a_package: bool) -> None:
+    """Refuse flags that would have no effect, rather than let them be believed in.
+
+    Args:
+        arguments: as parsed.
+        of_a_package: whether the export starts from a package that is there.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    chosen = arguments.format
+    for name, formats in _OF_FORMATS.items():
+        if getattr(arguments, name) is not None and chosen not in formats:
+            raise ValueError(
+                f"{_flag(name)} has no effect with --format {chosen}; leave it out, or choose "
+                f"--format {' or '.join(formats)}"
+            )
+    idle = (*_OF_WEIGHTS, *(("name",) if chosen == "tensorrt" else ()))
+    for name in idle if of_a_package else ():
+        if getattr(arguments, name) not in (None, False):
+            raise ValueError(
+                f"{_flag(name)} has no effect on a package that is there; leave it out, or export "
+                "from --checkpoint FILE"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def ablated(architecture: Architecture, arguments: argparse.Namespace) -> Architecture:

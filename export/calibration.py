@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from export.candidate import Answers
+from export.verify import VerificationError, torch_run
 from models.layers import SquaredReLU, StarReLU
 from models.package import ActivationRange, Calibration
 from models.serving import ServedModel
 
 FLOAT16_MAX = 65504.0
-# Images that are served differ from those of the calibration: activations may grow by this factor
+# Images that are served differ from those of the calibration: squares may grow by this factor
 # before they overflow.
 HEADROOM = 2.0
 
@@ -21,7 +23,7 @@ class OverflowsFloat16(Exception):
     """Activations that float16 does not hold; one sentence that names the largest."""
 
 
-def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> Calibration:
+def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> tuple[Answers, Calibration]:
     """Run images through a network and note the range of every squaring activation.
 
     Args:
@@ -29,9 +31,12 @@ def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> Calibration:
         images: uint8 (N, S, S, 3).
 
     Returns:
-        For each StarReLU (and the squared ReLU of an `mlp` head) its largest input and output.
+        Its answers; and for each StarReLU, and the squared ReLU of an `mlp` head, its range.
+
+    Raises:
+        VerificationError: the network computes values that are not finite.
     """
-    found: dict[str, ActivationRange] = {}
+    found: dict[str, tuple[float, float]] = {}
     squares: dict[nn.Module, str] = {
         module: name.removeprefix("network.")
         for name, module in model.named_modules()
@@ -39,18 +44,21 @@ def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> Calibration:
     }
 
     def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        found[squares[module]] = ActivationRange(
-            largest_input=float(inputs[0].max()), largest_output=float(output.abs().max())
-        )
+        found[squares[module]] = float(F.relu(inputs[0]).max()), float(output.abs().max())
 
     hooks = [module.register_forward_hook(note) for module in squares]
     try:
-        with torch.inference_mode():
-            model(torch.from_numpy(images))
+        answers = torch_run(model)(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return Calibration(images=len(images), activations=found)
+    if not all(np.isfinite(part).all() for part in (*answers, list(found.values()))):
+        raise VerificationError("the network computes values that are not finite")
+    activations = {
+        name: ActivationRange(largest_input=before, largest_output=after)
+        for name, (before, after) in found.items()
+    }
+    return answers, Calibration(images=len(images), activations=activations)
 
 
 def check_float16(calibration: Calibration) -> None:

@@ -31,6 +31,7 @@ class Candidate:
         precision: that it computes in.
         device: for example `cpu` or `cuda:0`.
         runtime: library and version, in words.
+        max_batch_size: images a batch may hold at most, None for any number.
         run: answers a batch.
         close: frees what it holds.
     """
@@ -39,6 +40,7 @@ class Candidate:
     precision: Precision
     device: str
     runtime: str
+    max_batch_size: int | None
     run: Run
     close: Callable[[], None]
 

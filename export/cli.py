@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from export.arguments import ablated, input_spec
+from export.arguments import MAX_BATCH_SIZE, ablated, input_spec, refuse_idle_flags
 from models.package import MANIFEST, PRETRAINED, Calibration, Package, PackageError, open_package
 from models.tolerances import Precision
 
@@ -29,7 +29,12 @@ def run_export(arguments: argparse.Namespace) -> int:
         return refuse(NEEDS_EXTRAS.format(error.name))
     run = {"onnx": _export_onnx, "tensorrt": _export_plan, "triton": _export_repository}
     try:
-        run[arguments.format](arguments, _given_package(arguments))
+        given = _given_package(arguments)
+        try:
+            refuse_idle_flags(arguments, of_a_package=given is not None)
+        except ValueError as error:
+            return refuse(error)
+        run[arguments.format](arguments, given)
     except OSError as error:
         return refuse(f"a file cannot be read or written: {error}")
     except (
@@ -63,7 +68,7 @@ def _export_plan(arguments: argparse.Namespace, given: Package | None) -> None:
             package,
             out,
             trt,
-            max_batch_size=arguments.max_batch_size,
+            max_batch_size=arguments.max_batch_size or MAX_BATCH_SIZE,
             cache=arguments.engine_cache,
             overwrite=arguments.overwrite or given is None,
             progress=progress,
@@ -78,16 +83,15 @@ def _export_repository(arguments: argparse.Namespace, given: Package | None) -> 
     from export.triton import write_repository
 
     root = arguments.out or Path("model_repository")
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export.", dir=root) as folder:
+    with tempfile.TemporaryDirectory(prefix="metaserve.export.") as folder:
         package = given or _export_package(arguments, Path(folder) / _plain_name(arguments))
         model = write_repository(
             package,
             root,
             name=arguments.name,
-            max_batch_size=arguments.max_batch_size,
-            platform=arguments.triton_platform,
-            device=arguments.triton_device,
+            max_batch_size=arguments.max_batch_size or MAX_BATCH_SIZE,
+            platform=arguments.triton_platform or "onnxruntime",
+            device=arguments.triton_device or "auto",
             overwrite=arguments.overwrite,
         )
     print(

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from export.staging import check_place, staged
-from export.tensorrt import BuildOptions, Profile, Share, build_plan, write_whole
+from export.staging import check_place, staged, write_whole
+from export.tensorrt import BuildOptions, Profile, Share, build_plan
 from export.tensorrt_network import PlanError
 from models.gpu import NoGpuError, find_gpu
 from models.package import (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.candidate import Answers, Candidate
+from export.staging import write_whole
 from export.verify import BATCH_SIZES, VerificationError, compare, judge
 from models.package import MANIFEST, BackendProof, Manifest, Package, Verification
 
@@ -30,7 +29,9 @@ def prove(candidate: Candidate, package: Package, reference: Answers) -> Backend
             raise VerificationError(message) from error
 
     size, precision = package.manifest.input.size, candidate.precision
-    verification = compare(run, candidate.runtime, size, reference, precision)
+    verification = compare(
+        run, candidate.runtime, size, reference, precision, candidate.max_batch_size
+    )
     judge(verification, precision)
     return BackendProof(
         **verification.model_dump(),
@@ -58,17 +59,7 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=folder)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(manifest.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # a service runs as another user
-        os.replace(name, folder / MANIFEST)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_whole(folder / MANIFEST, f"{manifest.model_dump_json(indent=2)}\n".encode())
 
 
 def format_verification(manifest: Manifest, verification: Verification) -> str:

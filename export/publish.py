@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from export.calibration import calibrate, check_float16
 from export.candidate import Answers
-from export.graph_runner import graph_run
+from export.graph_proof import prove_graph
 from export.onnx import OPSET, OPSET_BFLOAT16, export_onnx
 from export.staging import check_place, staged
-from export.verify import IMAGES, VerificationError, compare, judge, torch_answers, torch_run
+from export.verify import IMAGES, VerificationError
 from export.weights import Weights
 from models.build import build_network
 from models.checkpoints import Checkpoint, load_checkpoint, save_weights
@@ -30,7 +29,6 @@ from models.package import (
     MODEL,
     WEIGHTS,
     ArchitectureSpec,
-    BackendProof,
     Calibration,
     Evaluation,
     InputSpec,
@@ -38,12 +36,11 @@ from models.package import (
     Package,
     PackageError,
     Source,
-    Verification,
     check_name,
     hash_files,
     open_package,
 )
-from models.precision import cast_network, widen_network
+from models.precision import cast_network
 from models.serving import ServedModel
 from models.tolerances import Precision
 from models.variants import Architecture
@@ -121,15 +118,14 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
         request.weights.names.write(folder, checkpoint.classes)
     if request.keep_weights:
         save_weights(network.state_dict(), checkpoint.head_norm_eps, folder / WEIGHTS)
-    reference = _write_golden(folder, network, request)
-    calibration = _calibrate(network, request)
+    reference, calibration = _calibrate(network, request)
+    np.savez(folder / GOLDEN, logits=reference[0], embedding=reference[1])
     size, precision = request.input.size, request.precision
     served = ServedModel(cast_network(deepcopy(network), precision), request.input).eval()
     progress(f"tracing {request.weights.variant} in {precision} at {size} px")
     export_onnx(served, size, folder / MODEL)
     progress("proving it against torch in float32")
-    verification = _prove_graph(folder / MODEL, request, reference)
-    proofs = () if precision == "fp32" else _prove_half(served, request, folder, reference)
+    verification, proofs = prove_graph(folder / MODEL, size, precision, reference, served)
     manifest = Manifest(
         **_description(folder, checkpoint, request),
         verification=verification,
@@ -156,56 +152,19 @@ def _read_checkpoint(request: ExportRequest) -> Checkpoint:
     return replace(checkpoint, head_norm_eps=request.head_norm_eps)
 
 
-def _write_golden(folder: Path, network: MetaFormer, request: ExportRequest) -> Answers:
-    """Return the reference of the proof, and keep it for every start."""
+def _calibrate(network: MetaFormer, request: ExportRequest) -> tuple[Answers, Calibration]:
+    """Return the reference of the proof, and how large activations grow on the way to it."""
     model = ServedModel(network, request.input).eval()
-    logits, embedding = torch_answers(model, request.input.size)
-    if not (np.isfinite(logits).all() and np.isfinite(embedding).all()):
-        raise VerificationError(
-            f"{request.weights.checkpoint.name} computes values that are not finite; "
-            "its weights are broken"
-        )
-    np.savez(folder / GOLDEN, logits=logits, embedding=embedding)
-    return logits, embedding
-
-
-def _calibrate(network: MetaFormer, request: ExportRequest) -> Calibration:
-    """Report how large activations grow, and refuse fp16 where it does not hold them."""
-    model = ServedModel(network, request.input).eval()
-    calibration = calibrate(model, golden_images(request.input.size, IMAGES))
+    try:
+        reference, calibration = calibrate(model, golden_images(request.input.size, IMAGES))
+    except VerificationError as error:
+        name = request.weights.checkpoint.name
+        raise VerificationError(f"{name} is broken: {error}") from error
     if request.report is not None:
         request.report(calibration)
     if request.precision == "fp16":
         check_float16(calibration)
-    return calibration
-
-
-def _prove_graph(path: Path, request: ExportRequest, reference: Answers) -> Verification:
-    # ONNX Runtime runs no bfloat16 on a CPU.
-    run, runtime = graph_run(path, widen=request.precision == "bf16")
-    verification = compare(run, runtime, request.input.size, reference, request.precision)
-    judge(verification, request.precision)
-    return verification
-
-
-def _prove_half(
-    served: ServedModel, request: ExportRequest, folder: Path, reference: Answers
-) -> tuple[BackendProof]:
-    """Prove in torch how a half precision rounds, and that the graph is the network but for that.
-
-    A bound as wide as half precision needs would let a slightly wrong graph pass; with its types
-    widened it has to keep the bound of float32.
-    """
-    size, precision = request.input.size, request.precision
-    runtime = f"torch {torch.__version__} eager"
-    rounding = compare(torch_run(served), runtime, size, reference, precision)
-    judge(rounding, precision)
-    served.network = widen_network(served.network)
-    run, runtime = graph_run(folder / MODEL, widen=True)
-    judge(compare(run, runtime, size, torch_answers(served, size), "fp32"), "fp32")
-    return (
-        BackendProof(**rounding.model_dump(), backend="torch", precision=precision, device="cpu"),
-    )
+    return reference, calibration
 
 
 def _description(folder: Path, checkpoint: Checkpoint, request: ExportRequest) -> dict[str, Any]:

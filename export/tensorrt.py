@@ -5,7 +5,6 @@ Which library builds is passed in: `tensorrt`, or `tensorrt_rtx`, which needs no
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import warnings
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from export.staging import write_whole
 from export.tensorrt_network import INPUT, PlanError, parse_network, precision_of
 from models.tensorrt import error_log, first_error
 
@@ -146,14 +146,6 @@ def _timings(config: Any, path: Path | None) -> Iterator[None]:
         config.set_timing_cache(cache, False)
         yield
         write_whole(path, bytes(cache.serialize()))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that other builds may be reading: they see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 @contextmanager

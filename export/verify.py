@@ -50,7 +50,12 @@ def reference_of(package: Package) -> Answers:
 
 
 def compare(
-    run: Run, runtime: str, input_size: int, reference: Answers, precision: Precision
+    run: Run,
+    runtime: str,
+    input_size: int,
+    reference: Answers,
+    precision: Precision,
+    max_batch_size: int | None = None,
 ) -> Verification:
     """Run batches of 1, 2 and 5 and measure how far the answers are from the reference.
 
@@ -60,12 +65,14 @@ def compare(
         input_size: S.
         reference: what torch in float32 answers.
         precision: that `run` computes in; sets the tolerances.
+        max_batch_size: largest batch that `run` takes, None for any; larger ones are cut to it.
 
     Raises:
         VerificationError: it cannot be run, or answers with NaN or infinity.
     """
     images = golden_images(input_size, len(reference[0]))
-    answers = [_in_batches(run, images, size) for size in BATCH_SIZES]
+    sizes = sorted({min(size, max_batch_size or size) for size in BATCH_SIZES})
+    answers = [_in_batches(run, images, size) for size in sizes]
     logits, embedding = reference
     if not all(np.isfinite(array).all() for pair in answers for array in pair):
         raise VerificationError(f"{runtime} answers with values that are not finite")

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from export.candidate import Answers, CannotStart, OpenBackend
 from export.cli import NEEDS_EXTRAS, refuse
-from models.package import MANIFEST, WEIGHTS, Package, PackageError, find_package, open_package
+from models.package import (
+    MANIFEST,
+    WEIGHTS,
+    BackendProof,
+    Package,
+    PackageError,
+    Verification,
+    find_package,
+    open_package,
+)
 
 BACKENDS = ("onnxruntime", "torch", "tensorrt", "triton")
 
@@ -33,9 +42,8 @@ def run_verify(arguments: argparse.Namespace, open_backend: OpenBackend) -> int:
         open_backend: starts a backend of the service.
     """
     try:
-        from export.graph_runner import graph_run
-        from export.proofs import format_verification
-        from export.verify import VerificationError, compare, judge, reference_of
+        from export.proofs import format_proofs, format_verification
+        from export.verify import VerificationError, reference_of
         from models.checkpoints import CheckpointError
     except ImportError as error:
         return refuse(NEEDS_EXTRAS.format(error.name))
@@ -46,15 +54,31 @@ def run_verify(arguments: argparse.Namespace, open_backend: OpenBackend) -> int:
         reference, manifest = reference_of(package), package.manifest
         if arguments.backends:
             return _prove_backends(package, reference, arguments, open_backend)
-        run, runtime = graph_run(package.model_path)
-        verification = compare(run, runtime, manifest.input.size, reference, manifest.precision)
+        verification, proofs = _prove_graph(package, reference)
         print(format_verification(manifest, verification))
-        judge(verification, manifest.precision)
+        if proofs:
+            print(format_proofs(proofs))
     except (CheckpointError, PackageError, VerificationError) as error:
         return refuse(error)
     against = "torch on its weights" if WEIGHTS in manifest.files else "its golden outputs"
     print(f"proven: {package.path} holds the files of its manifest and agrees with {against}")
     return 0
+
+
+def _prove_graph(
+    package: Package, reference: Answers
+) -> tuple[Verification, tuple[BackendProof, ...]]:
+    """Repeat the proof of the export."""
+    from export.graph_proof import prove_graph
+    from models.build import load_served_model
+    from models.precision import cast_network
+
+    manifest, served = package.manifest, None
+    if WEIGHTS in manifest.files and manifest.precision != "fp32":
+        served = load_served_model(package)
+        served.network = cast_network(served.network, manifest.precision)
+    size = manifest.input.size
+    return prove_graph(package.model_path, size, manifest.precision, reference, served)
 
 
 def _prove_backends(

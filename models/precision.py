@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import ImageNorm, PositionNorm, SquaredReLU, StarReLU
-from models.metaformer import MetaFormer
 from models.tolerances import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -24,7 +23,7 @@ class InFloat32(nn.Module):
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.module = module.float()
+        self.module = module
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ class InFloat32(nn.Module):
 class HalfNetwork(nn.Module):
     """A network in half precision that takes and gives float32."""
 
-    def __init__(self, network: MetaFormer, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.network = network
         self.dtype = dtype
@@ -45,11 +44,11 @@ class HalfNetwork(nn.Module):
         return self.network(x.to(self.dtype))  # type: ignore[no-any-return]
 
 
-def cast_network(network: MetaFormer, precision: Precision) -> nn.Module:
+def cast_network(network: nn.Module, precision: Precision) -> nn.Module:
     """Return the network with its weights in another precision; the given one is used up.
 
     Args:
-        network: in float32; its modules are changed and moved into the result.
+        network: a MetaFormer in float32; its modules are changed and moved into the result.
         precision: `fp32` gives the network back as it is.
 
     Returns:
@@ -58,13 +57,23 @@ def cast_network(network: MetaFormer, precision: Precision) -> nn.Module:
     if precision == "fp32":
         return network
     dtype = DTYPES[precision]
-    network.to(dtype)
-    network.head.float()
     for name, module in list(network.named_modules()):
-        if isinstance(module, KEPT_IN_FLOAT32) and not name.startswith("head."):
+        if name.partition(".")[0] == "head":
+            continue
+        if isinstance(module, KEPT_IN_FLOAT32):
             parent, _, attribute = name.rpartition(".")
             setattr(network.get_submodule(parent), attribute, InFloat32(module, dtype))
+        else:
+            _cast_own_tensors(module, dtype)
     return HalfNetwork(network, dtype)
+
+
+def _cast_own_tensors(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a module's tensors, not those of the modules in it: what is kept is never rounded."""
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(module, name, buffer.to(dtype))
 
 
 def widen_network(network: nn.Module) -> nn.Module:

@@ -61,7 +61,7 @@ PLAN = {
 HEAVY = {
     "torch": {"models.layers", "models.metaformer", "models.checkpoints", "models.build",
               "models.folding", "models.serving", "models.precision", "export.onnx",
-              "export.verify", "export.calibration", "export.publish", "app.backends.pytorch",
+              "export.verify", "export.calibration", "export.graph_proof", "app.backends.pytorch",
               "app.backends.torch_cuda", "app.backends.pytorch_buckets",
               "app.backends.pytorch_compile", "app.backends.pytorch_cuda",
               "app.backends.pytorch_paths"},

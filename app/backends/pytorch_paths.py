@@ -96,8 +96,7 @@ def open_path(
     Raises:
         StartupError: the network cannot be compiled or captured here.
     """
-    network: nn.Module = model.network
-    model.network = cast_network(network, path.precision)  # type: ignore[arg-type]
+    model.network = cast_network(model.network, path.precision)
     if not path.prepares_sizes:
         return EagerNetwork(model)
     device: Device = HostDevice()

@@ -118,11 +118,27 @@ def test_a_triton_model_that_is_there_stays(
     [
         ([EMBEDDED], "is a package already"),
         ([EMBEDDED, "--format", "triton", "--precision", "fp16"], "is in fp32"),
+        ([EMBEDDED, "--format", "triton", "--labels", "x.txt"], "--labels has no effect on a pack"),
+        ([EMBEDDED, "--format", "triton", "--mean", "0", "0", "0"], "--mean has no effect"),
+        ([EMBEDDED, "--format", "triton", "--no-weights"], "--no-weights has no effect"),
+        ([EMBEDDED, "--format", "triton", "--sha256", "0"], "--sha256 has no effect"),
+        ([EMBEDDED, "--format", "tensorrt", "--name", "other"], "--name has no effect"),
+        (["caformer_s18", "--max-batch-size", "4"], "--max-batch-size has no effect with --format"),
+        (["caformer_s18", "--triton-device", "cpu"], "or choose --format triton"),
+        ([EMBEDDED, "--format", "triton", "--engine-cache", "x"], "or choose --format tensorrt"),
     ],
 )
-def test_a_package_is_not_exported_as_what_it_is_not(
+def test_what_would_have_no_effect_is_refused_by_name(
     arguments: list[str | Path], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert complaint in sentence
+
+
+def test_a_refused_repository_leaves_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("nosuchthing", "--format", "triton", "--out", tmp_path / "new") == 2
+    assert "no variant 'nosuchthing'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

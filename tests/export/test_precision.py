@@ -68,7 +68,10 @@ def weights(folder: Path, *, gain: float = 1.0) -> Path:
 def test_norms_squares_and_head_stay_in_float32_and_nothing_else(
     mixer: Mixer, precision: Precision
 ) -> None:
-    model = cast_network(network(tiny(mixer)), precision)
+    architecture = tiny(mixer)
+    trained = network(architecture)
+    model = cast_network(deepcopy(trained), precision)
+    values = dict(trained.named_parameters()) | dict(trained.named_buffers())
     kept = (PositionNorm, ImageNorm, StarReLU, SquaredReLU)
     found = {torch.float32: 0, DTYPES[precision]: 0}
     for name, module in model.named_modules():
@@ -77,6 +80,11 @@ def test_norms_squares_and_head_stay_in_float32_and_nothing_else(
             wide = in_head or isinstance(module, kept)
             assert tensor.dtype == (torch.float32 if wide else DTYPES[precision]), name
             found[tensor.dtype] += 1
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        path = name.removeprefix("network.").replace(".module", "")
+        for part, tensor in own:
+            wanted = values[f"{path}.{part}"].to(tensor.dtype)  # what is kept was never rounded
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
         if isinstance(module, kept) and not in_head:
             parent = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(parent, InFloat32), f"{name} would compute on {precision}"
@@ -143,6 +151,21 @@ def test_a_half_package_is_served_by_onnxruntime_within_its_own_tolerance(tmp_pa
 
 
 @pytest.mark.parametrize("precision", HALVES)
+def test_verify_repeats_the_proof_of_a_half_package(
+    precision: Precision, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, extra in (("whole", ()), ("bare", ("--no-weights",))):
+        out = tmp_path / name
+        arguments = ("--checkpoint", weights(tmp_path), "--precision", precision, "--out", out)
+        assert run_cli("export", "caformer_digits", *arguments, *extra) == 0
+        capsys.readouterr()
+        assert run_cli("verify", out) == 0
+        shown = capsys.readouterr().out
+        assert "proven: " in shown
+        assert (f"torch    {precision}" in shown) == (name == "whole")
+
+
+@pytest.mark.parametrize("precision", HALVES)
 def test_a_half_graph_that_is_wrong_by_less_than_its_rounding_is_refused(
     precision: Precision,
     tmp_path: Path,
@@ -172,20 +195,21 @@ def test_calibration_lists_every_square_with_its_largest_input_and_output() -> N
 
     def note(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            seen[name] = inputs[0].max().item(), output.abs().max().item()
+            seen[name] = inputs[0].clamp(min=0).max().item(), output.abs().max().item()
 
         return hook
 
     for name, module in model.network.named_modules():
         if isinstance(module, StarReLU | SquaredReLU):
             module.register_forward_hook(note(name))  # type: ignore[arg-type]
-    calibration = calibrate(model, images)
+    answers, calibration = calibrate(model, images)
     assert calibration.images == 3
     found = {
         name: (one.largest_input, one.largest_output)
         for name, one in calibration.activations.items()
     }
     assert found == seen
+    np.testing.assert_array_equal(answers[0], torch_run(model)(images)[0])
     blocks = sum(CAFORMER.depths)
     assert len(found) == blocks + sum(CAFORMER.depths[:2]) + 1  # MLPs, SepConvs, the head
 

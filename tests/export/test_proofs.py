@@ -38,7 +38,10 @@ def verify(package: Path, *arguments: str) -> int:
 
 
 def golden_candidate(
-    package: Package, move: float = 0.0, precision: Precision = "fp32"
+    package: Package,
+    move: float = 0.0,
+    precision: Precision = "fp32",
+    limit: int | None = None,
 ) -> Candidate:
     """Return a backend that knows the golden answers and moves its logits by a little."""
     logits, embedding = package.golden
@@ -46,10 +49,11 @@ def golden_candidate(
     places = {image.tobytes(): index for index, image in enumerate(images)}
 
     def run(batch: NDArray[np.uint8]) -> Answers:
+        assert len(batch) <= (limit or len(batch)), "a larger batch than it takes"
         rows = [places[image.tobytes()] for image in batch]
         return logits[rows] + np.float32(move), embedding[rows]
 
-    return Candidate("onnxruntime", precision, "cpu", "a double", run, lambda: None)
+    return Candidate("onnxruntime", precision, "cpu", "a double", limit, run, lambda: None)
 
 
 def test_each_backend_gets_a_row_that_is_printed_stored_and_shown_by_models(
@@ -101,6 +105,13 @@ def test_each_precision_has_bounds_of_its_own(
     else:
         with pytest.raises(VerificationError):
             prove(candidate, package, package.golden)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 5, 8])
+def test_a_backend_is_proven_in_batches_that_it_takes(copy: Path, limit: int) -> None:
+    package = open_package(copy)
+    proof = prove(golden_candidate(package, limit=limit), package, package.golden)
+    assert proof.images == 5
 
 
 def test_a_backend_that_is_wrong_is_named_and_not_stored_the_others_are(

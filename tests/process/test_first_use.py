@@ -11,12 +11,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from safetensors.torch import save
 
 from app.cli import main
+from app.errors import StartupError
+from app.first_use import locate_package
+from app.settings import Settings
 from models.classes import shipped_names
 from models.package import open_package
 from tests.export.hub_server import COMMIT, Hub, running_hub
@@ -226,3 +230,13 @@ def test_a_folder_in_the_way_of_imports_is_not_imported(hub: Hub, tmp_path: Path
     assert done.returncode == 2
     assert "the wrong app" not in done.stderr
     assert len(sentences(done.stderr.splitlines())) == 1
+
+
+def test_a_folder_that_is_no_package_is_named_before_anything_is_fetched(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    (store / NAME).mkdir(parents=True)
+    (store / NAME / "thesis.tex").write_text("years of work")
+    given: dict[str, Any] = {"model": NAME, "model_store": store}
+    with pytest.raises(StartupError, match="is there and is no model package; move it away"):
+        locate_package(Settings(**given), lambda line: None, relay=True)
+    assert (store / NAME / "thesis.tex").read_text() == "years of work"
