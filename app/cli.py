@@ -12,10 +12,12 @@ from pathlib import Path
 from app.backends.select import select_backend
 from app.cpu import cpu_limit
 from app.errors import BadRequest, ServiceError, StartupError
+from app.images.read import read_image
 from app.settings import Settings, load_settings
-from app.types import Batch
-from export.candidate import Answers, Candidate, CannotStart, OpenBackend
-from models.package import Package, PackageError
+from app.signals import ending_by_exception
+from app.types import Batch, Pixels
+from export.seams import Answers, Candidate, CannotStart, OpenBackend, UnusableImage
+from models.package import InputSpec, Package, PackageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,23 +73,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_OFFLINE_SETTINGS = (
-    "model",
-    "model_store",
-    "backend",
+# For calibration: what METASERVE_MAX_PIXELS is unless it is set.
+MOST_PIXELS = 64_000_000
+
+_BACKEND_SETTINGS = (
     "device",
     "ort_provider",
+    "ort_cache_dir",
+    "torch_compile",
+    "torch_precision",
+    "cuda_graphs",
     "triton_url",
     "triton_model",
     "triton_wait_s",
     "threads",
+)
+_OFFLINE_SETTINGS = (
+    "model",
+    "model_store",
+    "backend",
+    *_BACKEND_SETTINGS,
     "max_pixels",
     "decode",
     "exif_orientation",
 )
-
-
-_BACKEND_SETTINGS = ("device", "ort_provider", "threads", "triton_url", "triton_model")
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
@@ -120,14 +129,36 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _add_export_commands(export: argparse.ArgumentParser, verify: argparse.ArgumentParser) -> None:
     from export.arguments import add_export_arguments
-    from export.cli import run_export
-    from export.verify_cli import add_verify_arguments, run_verify
+    from export.verify_cli import add_verify_arguments
 
     add_export_arguments(export)
-    export.set_defaults(run=run_export)
+    _add_settings(export, ("model_store",))
+    export.set_defaults(run=_export)
     add_verify_arguments(verify)
-    _add_settings(verify, _BACKEND_SETTINGS)
-    verify.set_defaults(run=lambda arguments: run_verify(arguments, _opener(arguments)))
+    _add_settings(verify, ("model_store", *_BACKEND_SETTINGS))
+    verify.set_defaults(run=_verify)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from export.cli import run_export
+
+    with ending_by_exception():
+        return run_export(arguments, _settings(arguments).model_store, _read_exactly)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from export.verify_cli import run_verify
+
+    with ending_by_exception():
+        return run_verify(arguments, _settings(arguments).model_store, _opener(arguments))
+
+
+def _read_exactly(data: bytes, spec: InputSpec) -> Pixels:
+    """Read an image as the service does that decodes every pixel."""
+    try:
+        return read_image(data, spec, max_pixels=MOST_PIXELS, exif_orientation=True, decode="exact")
+    except ServiceError as error:
+        raise UnusableImage(error.message) from error
 
 
 def _opener(arguments: argparse.Namespace) -> OpenBackend:

@@ -8,23 +8,26 @@ services that start at once, one rename wins and the other service takes that pa
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from app.errors import StartupError
 from app.settings import Settings
+from app.signals import ending_by_exception
 from models.package import MANIFEST, PackageNotFound, find_package, user_cache
 from models.variants import find_variant
 
-# From SIGINT to SIGKILL: time for the child to remove what it had half downloaded.
+# From SIGTERM to SIGKILL: time for the child to remove what it had half downloaded.
 END_SECONDS = 5.0
+# Much longer than an export takes.
+LEFT_SECONDS = 24 * 3600.0
 
 Say = Callable[[str], None]
 
@@ -59,10 +62,12 @@ def locate_package(settings: Settings, say: Say, relay: bool) -> Path:
             f"{store / variant} is there and is no model package; move it away, or set "
             "METASERVE_MODEL_STORE to another directory"
         )
+    remove_leftovers(store)
     try:
         with tempfile.TemporaryDirectory(prefix=".first_use.", dir=store) as folder:
             say(f"there is no package {variant} yet: fetching and exporting it into {store}, once")
-            _export(variant, Path(folder) / variant, say if relay else None)
+            new = Path(folder) / variant
+            _export(variant, new, store / variant, say if relay else None)
             _publish(Path(folder) / variant, store / variant)
     except OSError as error:
         raise StartupError(
@@ -70,6 +75,14 @@ def locate_package(settings: Settings, say: Say, relay: bool) -> Path:
             "set METASERVE_MODEL_STORE to a directory that can be written"
         ) from error
     return find_package(variant, store)
+
+
+def remove_leftovers(store: Path) -> None:
+    """Remove what services that were killed left in the store; younger folders may be in use."""
+    for folder in store.glob(".first_use.*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFT_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_published(variant: str) -> bool:
@@ -104,7 +117,7 @@ def _publish(package: Path, place: Path) -> None:
         # Another service was faster; its package is as good.
 
 
-def _export(variant: str, out: Path, heard: Say | None) -> None:
+def _export(variant: str, out: Path, place: Path, heard: Say | None) -> None:
     """Run `metaserve export` to its end.
 
     Raises:
@@ -113,6 +126,7 @@ def _export(variant: str, out: Path, heard: Say | None) -> None:
     """
     # -P: a folder `app` or `models` in the working directory is not ours.
     command = [sys.executable, "-P", "-m", "app", "export", variant, "--out", str(out)]
+    command += ["--place", str(place)]
     lines: list[str] = []
 
     def hear(line: str) -> None:
@@ -136,10 +150,10 @@ def _export(variant: str, out: Path, heard: Say | None) -> None:
 
 def _run(command: list[str], hear: Say | None) -> int:
     """Run a process to its end, or end it when we are told to stop; returns the exit code."""
-    with _sigterm_raises():
+    with ending_by_exception():
         child = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closes with us, which ends the child
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE if hear is not None else None,
             text=True,
@@ -158,28 +172,12 @@ def _run(command: list[str], hear: Say | None) -> int:
 
 def _end(child: subprocess.Popen[str]) -> None:
     if child.poll() is None:
-        child.send_signal(signal.SIGINT)
+        child.terminate()
         try:
             child.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    if child.stderr is not None:
-        child.stderr.close()
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit; alone it would end us without the child, or, as PID 1, not."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    for pipe in (child.stdin, child.stderr):
+        if pipe is not None:
+            pipe.close()

@@ -28,7 +28,7 @@ _OF_FORMATS = {
 _OF_WEIGHTS = (
     "config", "labels", "revision", "sha256", "version", "no_ema", "no_weights", "head_norm_eps",
     "input_size", "crop_pct", "interpolation", "mean", "std", "activation", "residual_scaling",
-    "block_bias", "mixers",
+    "block_bias", "mixers", "calibration",
 )  # fmt: skip
 
 
@@ -47,6 +47,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=get_args(Precision),
         help="of the graph; bf16 runs in torch and TensorRT alone, fp16 everywhere [fp32]",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="real images that show how large activations grow; what fp16 is judged by",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a package at --out")
     parser.add_argument("--no-ema", action="store_true", help="take the weights, not their average")
@@ -90,7 +96,7 @@ def _add_format_arguments(parser: argparse.ArgumentParser) -> None:
     )
     target.add_argument(
         "--max-batch-size",
-        type=_positive,
+        type=_batch_size,
         metavar="N",
         help=f"largest batch of an engine or a Triton model [{MAX_BATCH_SIZE}]",
     )
@@ -131,6 +137,8 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one label a line, or a .json with label_names, or imagenet-1k, or imagenet-21k",
     )
+    # Where a first use wants the package, for the sentence that says how to do without the hub.
+    source.add_argument("--place", help=argparse.SUPPRESS)
     source.add_argument("--revision", metavar="REV", help="branch, tag or commit to download")
     source.add_argument("--sha256", metavar="HEX", help="what the weights' file must have")
 
@@ -201,7 +209,7 @@ def input_spec(
         raise ValueError(f"{where} {fault['input']}: {fault['msg'].lower()}") from error
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+def _batch_size(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:  # METASERVE_MAX_BATCH_SIZE's bounds
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 1024")
     return int(text)

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from export.candidate import Answers
+from export.seams import Answers, ReadImage, UnusableImage
 from export.verify import VerificationError, torch_run
 from models.layers import SquaredReLU, StarReLU
-from models.package import ActivationRange, Calibration
+from models.package import ActivationRange, Calibration, InputSpec, PackageError
 from models.serving import ServedModel
 
 FLOAT16_MAX = 65504.0
-# Images that are served differ from those of the calibration: squares may grow by this factor
-# before they overflow.
-HEADROOM = 2.0
+# Images that are served differ from those of the calibration: squares may grow by these factors
+# before they overflow. Real images reached 4.8 times the values of the golden ones in the embedded
+# network; among themselves they differ less.
+GOLDEN_HEADROOM = 16.0
+REAL_HEADROOM = 2.0
+
+MOST_IMAGES = 256
+CHUNK = 8
 
 
 class OverflowsFloat16(Exception):
     """Activations that float16 does not hold; one sentence that names the largest."""
 
 
-def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> tuple[Answers, Calibration]:
+def read_images(folder: Path, spec: InputSpec, read_image: ReadImage) -> NDArray[np.uint8]:
+    """Read the images of a folder, the first 256 by name; what is no image is passed over.
+
+    Returns:
+        uint8 (N, S, S, 3).
+
+    Raises:
+        PackageError: there is no such folder, or no image in it.
+    """
+    images: list[NDArray[np.uint8]] = []
+    for path in sorted(folder.glob("**/*")):
+        if path.is_file() and len(images) < MOST_IMAGES:
+            with contextlib.suppress(UnusableImage):
+                images.append(read_image(path.read_bytes(), spec))
+    if not images:
+        raise PackageError(f"{folder} holds no images to calibrate with")
+    return np.stack(images)
+
+
+def calibrate(
+    model: ServedModel, golden: NDArray[np.uint8], real: NDArray[np.uint8] | None = None
+) -> tuple[Answers, Calibration]:
     """Run images through a network and note the range of every squaring activation.
 
     Args:
         model: in float32, on the CPU.
-        images: uint8 (N, S, S, 3).
+        golden: uint8 (N, S, S, 3), run in one batch.
+        real: more images, as they will be served; None where there are none.
 
     Returns:
-        Its answers; and for each StarReLU, and the squared ReLU of an `mlp` head, its range.
+        The answers to the golden images; and for each StarReLU, and the squared ReLU of an `mlp`
+        head, its range over all images.
 
     Raises:
         VerificationError: the network computes values that are not finite.
@@ -44,21 +74,29 @@ def calibrate(model: ServedModel, images: NDArray[np.uint8]) -> tuple[Answers, C
     }
 
     def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        found[squares[module]] = float(F.relu(inputs[0]).max()), float(output.abs().max())
+        before, after = found.get(squares[module], (0.0, 0.0))
+        largest = float(inputs[0].max()), float(output.abs().max())
+        # numpy's maximum, not Python's, which loses a NaN that comes second.
+        found[squares[module]] = np.maximum(before, largest[0]), np.maximum(after, largest[1])
 
+    run = torch_run(model)
     hooks = [module.register_forward_hook(note) for module in squares]
     try:
-        answers = torch_run(model)(images)
+        answers = run(golden)
+        more = np.empty((0, *golden.shape[1:]), np.uint8) if real is None else real
+        for start in range(0, len(more), CHUNK):
+            run(more[start : start + CHUNK])
     finally:
         for hook in hooks:
             hook.remove()
     if not all(np.isfinite(part).all() for part in (*answers, list(found.values()))):
         raise VerificationError("the network computes values that are not finite")
     activations = {
-        name: ActivationRange(largest_input=before, largest_output=after)
+        name: ActivationRange(largest_input=float(before), largest_output=float(after))
         for name, (before, after) in found.items()
     }
-    return answers, Calibration(images=len(images), activations=activations)
+    images = len(golden) + len(more)
+    return answers, Calibration(images=images, real_images=len(more), activations=activations)
 
 
 def check_float16(calibration: Calibration) -> None:
@@ -69,7 +107,8 @@ def check_float16(calibration: Calibration) -> None:
     Raises:
         OverflowsFloat16: with the module and its figures.
     """
-    limit = FLOAT16_MAX / HEADROOM
+    limit = FLOAT16_MAX / (REAL_HEADROOM if calibration.real_images else GOLDEN_HEADROOM)
+    hint = "" if calibration.real_images else ", or show it real images with --calibration DIR"
     for name, activation in calibration.by_output():
         if name.startswith("head."):
             continue
@@ -78,7 +117,7 @@ def check_float16(calibration: Calibration) -> None:
             raise OverflowsFloat16(
                 f"{name} reaches {activation.largest_output:.3g} from an input of "
                 f"{activation.largest_input:.3g}, where float16 ends at {FLOAT16_MAX:.5g} and "
-                f"{limit:.5g} is allowed; use --precision bf16"
+                f"{limit:.5g} is allowed; use --precision bf16{hint}"
             )
 
 

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from export.arguments import MAX_BATCH_SIZE, ablated, input_spec, refuse_idle_flags
-from models.package import MANIFEST, PRETRAINED, Calibration, Package, PackageError, open_package
+from export.seams import ReadImage
+from models.package import (
+    Calibration,
+    Package,
+    PackageError,
+    PackageNotFound,
+    find_package,
+    open_package,
+)
 from models.tolerances import Precision
+from models.variants import find_variant
 
 NEEDS_EXTRAS = "this needs {}; install metaserve[export,cpu] (in a checkout: make export-tools)"
 
 
-def run_export(arguments: argparse.Namespace) -> int:
-    """Export; returns the exit code."""
+def run_export(arguments: argparse.Namespace, store: Path | None, read_image: ReadImage) -> int:
+    """Export; returns the exit code.
+
+    Args:
+        arguments: as described by `add_export_arguments`.
+        store: the model store, where VARIANT may be the name of a package.
+        read_image: the service's.
+    """
     try:
         # torch is loaded here and not before: `metaserve serve` shares this parser.
         from export.calibration import OverflowsFloat16
@@ -27,14 +45,16 @@ def run_export(arguments: argparse.Namespace) -> int:
         from models.checkpoints import CheckpointError
     except ImportError as error:
         return refuse(NEEDS_EXTRAS.format(error.name))
+    if arguments.place is not None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     run = {"onnx": _export_onnx, "tensorrt": _export_plan, "triton": _export_repository}
     try:
-        given = _given_package(arguments)
+        given = _given_package(arguments, store)
         try:
             refuse_idle_flags(arguments, of_a_package=given is not None)
         except ValueError as error:
             return refuse(error)
-        run[arguments.format](arguments, given)
+        run[arguments.format](arguments, given, read_image)
     except OSError as error:
         return refuse(f"a file cannot be read or written: {error}")
     except (
@@ -48,21 +68,27 @@ def run_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _export_onnx(arguments: argparse.Namespace, given: Package | None) -> None:
+def _export_onnx(
+    arguments: argparse.Namespace, given: Package | None, read_image: ReadImage
+) -> None:
     if given is not None:
         raise PackageError(
             f"{given.path} is a package already; --format tensorrt or triton makes more of it"
         )
-    package = _export_package(arguments, arguments.out or Path(_plain_name(arguments)))
-    print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}")
+    out = arguments.out or Path(_plain_name(arguments))
+    package = _export_package(arguments, out, read_image)
+    backend = " --backend torch" if package.manifest.precision == "bf16" else ""
+    print(f"wrote {package.path}; serve it with: metaserve serve --model {package.path}{backend}")
 
 
-def _export_plan(arguments: argparse.Namespace, given: Package | None) -> None:
+def _export_plan(
+    arguments: argparse.Namespace, given: Package | None, read_image: ReadImage
+) -> None:
     from export.plan import add_plan, load_builder
 
     trt = load_builder()  # first: without a GPU there is nothing to build, whatever is exported
     out = arguments.out or Path(_plain_name(arguments))
-    package = given or _export_package(arguments, out)
+    package = given or _export_package(arguments, out, read_image)
     with _steps() as progress, _bar() as share:
         package = add_plan(
             package,
@@ -79,12 +105,15 @@ def _export_plan(arguments: argparse.Namespace, given: Package | None) -> None:
     )
 
 
-def _export_repository(arguments: argparse.Namespace, given: Package | None) -> None:
-    from export.triton import write_repository
+def _export_repository(
+    arguments: argparse.Namespace, given: Package | None, read_image: ReadImage
+) -> None:
+    from export.triton import BUILD_PLAN, write_repository
 
     root = arguments.out or Path("model_repository")
     with tempfile.TemporaryDirectory(prefix="metaserve.export.") as folder:
-        package = given or _export_package(arguments, Path(folder) / _plain_name(arguments))
+        new = Path(folder) / _plain_name(arguments)
+        package = given or _export_package(arguments, new, read_image)
         model = write_repository(
             package,
             root,
@@ -94,26 +123,51 @@ def _export_repository(arguments: argparse.Namespace, given: Package | None) -> 
             device=arguments.triton_device or "auto",
             overwrite=arguments.overwrite,
         )
+    if arguments.triton_platform == "tensorrt":
+        print(f"wrote {model}; run {model / '1' / BUILD_PLAN} where Triton will run, then", end=" ")
+    else:
+        print(f"wrote {model};", end=" ")
     print(
-        f"wrote {model}; start tritonserver --model-repository={root.resolve()} and serve it with: "
+        f"start tritonserver --model-repository={root.resolve()} and serve it with: "
         f"metaserve serve --backend triton --triton-model {model.name} --model {model / '1'}"
     )
 
 
-def _given_package(arguments: argparse.Namespace) -> Package | None:
-    """Return the package that VARIANT names: a directory, or an embedded one."""
+def _given_package(arguments: argparse.Namespace, store: Path | None) -> Package | None:
+    """Return the package that VARIANT names: a directory, or one that `serve` would find.
+
+    A published name is exported anew for another precision, and always for a package of its own.
+    """
     if arguments.checkpoint is not None:
         return None
-    for place in (Path(arguments.variant), PRETRAINED / arguments.variant):
-        if (place / MANIFEST).is_file():
-            package = open_package(place)
-            if arguments.precision not in (None, package.manifest.precision):
-                raise PackageError(
-                    f"{place} is in {package.manifest.precision}; export its checkpoint again "
-                    f"for {arguments.precision}"
-                )
-            return package
-    return None
+    try:
+        place = find_package(arguments.variant, store)
+    except PackageNotFound:
+        return None
+    package, is_published = open_package(place), _is_published(arguments.variant)
+    if is_published and arguments.format == "onnx":
+        return None
+    if arguments.precision in (None, package.manifest.precision):
+        return package
+    if is_published:
+        return None
+    raise PackageError(
+        f"{place} is in {package.manifest.precision}; export its checkpoint again for "
+        f"{arguments.precision}"
+    )
+
+
+def _end_with_parent() -> None:
+    """End a first use's export when the service that wants it is gone: its pipe closes then."""
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_published(name: str) -> bool:
+    try:
+        return find_variant(name)[1] is not None
+    except ValueError:
+        return False
 
 
 def _plain_name(arguments: argparse.Namespace) -> str:
@@ -122,13 +176,14 @@ def _plain_name(arguments: argparse.Namespace) -> str:
     return name.partition("@")[0]
 
 
-def _export_package(arguments: argparse.Namespace, out: Path) -> Package:
+def _export_package(arguments: argparse.Namespace, out: Path, read_image: ReadImage) -> Package:
     """Find the weights, export, prove, and print the proof.
 
     Raises:
         SourceError: the weights cannot be had, or an argument cannot be.
         Exception: what `export_package` raises.
     """
+    from export.calibration import read_images
     from export.proofs import format_proofs, format_verification
     from export.publish import ExportRequest, export_package
     from export.source import SourceError, Wanted, find_source
@@ -143,6 +198,7 @@ def _export_package(arguments: argparse.Namespace, out: Path) -> Package:
         labels=arguments.labels,
         revision=arguments.revision,
         sha256=arguments.sha256,
+        place=arguments.place or arguments.out,
     )
     # Lines, not steps: the progress bar of a download writes between them.
     try:
@@ -152,6 +208,9 @@ def _export_package(arguments: argparse.Namespace, out: Path) -> Package:
         architecture.check_input_size(spec.size)
     except ValueError as error:
         raise SourceError(str(error)) from error
+    real = None
+    if arguments.calibration is not None:
+        real = read_images(arguments.calibration, spec, read_image)
     precision: Precision = arguments.precision or "fp32"
     request = ExportRequest(
         weights=source,
@@ -165,6 +224,7 @@ def _export_package(arguments: argparse.Namespace, out: Path) -> Package:
         ema=not arguments.no_ema,
         keep_weights=not arguments.no_weights,
         overwrite=arguments.overwrite,
+        calibration_images=real,
         report=None if precision == "fp32" else _report,
     )
     with _steps() as progress:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from export.candidate import Answers, Run
+from export.seams import Answers, Run
 from export.verify import VerificationError
 from models.onnx_runtime import import_onnxruntime
 

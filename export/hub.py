@@ -46,12 +46,14 @@ class HubFile:
         repository: on the hub, for example `timm/caformer_s18.sail_in1k`.
         commit: of the repository, 40 hexadecimal digits.
         was_reachable: whether the hub answered; else the file was in the cache before.
+        was_announced: whether the hub told its SHA-256, which it then has.
     """
 
     path: Path
     repository: str
     commit: str
     was_reachable: bool
+    was_announced: bool
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> HubFile:
@@ -74,9 +76,11 @@ def fetch(repository: str, file: str, revision: str | None = None) -> HubFile:
             kind = NoSuchFile if is_absent else HubError
             raise kind(_reason(error, revision)) from error
     path = Path(found)
-    _check(path, etag)
+    announced = _check(path, etag)
     commit = path.parents[file.count("/")].name  # snapshots/COMMIT/FILE
-    return HubFile(path, repository, commit, was_reachable=etag is not None)
+    return HubFile(
+        path, repository, commit, was_reachable=etag is not None, was_announced=announced
+    )
 
 
 def page_of(repository: str, file: str, revision: str | None = None) -> str:
@@ -103,16 +107,22 @@ def _ask(repository: str, file: str, revision: str | None) -> str | None:
         except LocalEntryNotFoundError:
             raise error from None
         return None
+    if etag and not re.fullmatch(r"[\w-]+", etag):  # it becomes the name of a file
+        raise OSError(f"an etag that is none, {etag[:40]!r}")
     return etag or ""
 
 
-def _check(path: Path, etag: str | None) -> None:
-    """Compare a file with the SHA-256 that the hub knows it by; a file that differs is removed."""
+def _check(path: Path, etag: str | None) -> bool:
+    """Compare a file with the SHA-256 that the hub knows it by; a file that differs is removed.
+
+    Returns:
+        Whether the hub told one.
+    """
     # The cache keeps a file under its etag, and what stands in a snapshot is a link to it.
     is_link = path.is_symlink()
     announced = os.readlink(path).rpartition("/")[2] if is_link else etag or ""
     if not SHA256.fullmatch(announced):  # small files have no hash of their content's kind
-        return
+        return False
     actual = sha256_file(path)
     if actual != announced:
         if is_link:
@@ -122,6 +132,7 @@ def _check(path: Path, etag: str | None) -> None:
             f"what arrived is damaged (sha256 {actual[:12]}..., the hub announces "
             f"{announced[:12]}...) and was removed; try again"
         )
+    return True
 
 
 def _reason(error: Exception, revision: str | None) -> str:
@@ -149,7 +160,14 @@ def _reason(error: Exception, revision: str | None) -> str:
     if "offline mode" in detail:
         return "HF_HUB_OFFLINE is set and it is not in the cache"
     host = urlsplit(constants.ENDPOINT).netloc
+    if not isinstance(error, ConnectionError) and not _is_of_transport(error):
+        return f"what {host} sends is no file of a hub ({detail})"
     return f"{host} cannot be reached ({detail}); try again when it can"
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Tell whether the library's HTTP client, which is not ours to import, had no connection."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.candidate import Answers, Candidate
+from export.seams import Answers, Candidate
 from export.staging import write_whole
 from export.verify import BATCH_SIZES, VerificationError, compare, judge
 from models.package import MANIFEST, BackendProof, Manifest, Package, Verification
@@ -41,13 +42,22 @@ def prove(candidate: Candidate, package: Package, reference: Answers) -> Backend
     )
 
 
-def store_proofs(package: Package, proofs: Sequence[BackendProof]) -> Package:
+def store_proofs(
+    package: Package, proofs: Sequence[BackendProof], failed: Sequence[Candidate] = ()
+) -> Package:
     """Write proofs into the manifest, in place of older ones of the same backends.
+
+    Args:
+        package: where to store them.
+        proofs: that passed.
+        failed: backends that did not; what they proved before does not count any more.
 
     Raises:
         OSError: the package cannot be written; it stays as it was.
     """
-    fresh = {_key(proof): proof for proof in (*package.manifest.proofs, *proofs)}
+    stale = {_key(candidate)[:3] for candidate in failed}
+    older = [proof for proof in package.manifest.proofs if _key(proof)[:3] not in stale]
+    fresh = {_key(proof): proof for proof in (*older, *proofs)}
     manifest = package.manifest.model_copy(update={"proofs": tuple(fresh.values())})
     replace_manifest(package.path, manifest)
     return Package(package.path, manifest)
@@ -103,5 +113,7 @@ def format_proofs(proofs: Sequence[BackendProof]) -> str:
     return "\n".join(lines)
 
 
-def _key(proof: BackendProof) -> tuple[str, str, str]:
-    return proof.backend, proof.precision, proof.device
+def _key(proven: BackendProof | Candidate) -> tuple[str, str, str, str]:
+    """Return what a row stands for: the runtime's words count, its version and numbers do not."""
+    path = re.sub(r"[\d.]+", "", proven.runtime)
+    return proven.backend, proven.precision, proven.device, path

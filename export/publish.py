@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.calibration import calibrate, check_float16
-from export.candidate import Answers
 from export.graph_proof import prove_graph
 from export.onnx import OPSET, OPSET_BFLOAT16, export_onnx
+from export.seams import Answers
 from export.staging import check_place, staged
 from export.verify import IMAGES, VerificationError
 from export.weights import Weights
@@ -64,6 +65,7 @@ class ExportRequest:
         ema: prefer the moving average in a training checkpoint.
         keep_weights: put `weights.safetensors` into the package, for the torch backend.
         overwrite: replace a package that is there.
+        calibration_images: real ones, uint8 (N, S, S, 3), beside the golden ones.
         report: is shown the range of the activations.
         evaluation: accuracy to state in the manifest, measured on the finished package.
     """
@@ -79,6 +81,7 @@ class ExportRequest:
     ema: bool = True
     keep_weights: bool = True
     overwrite: bool = False
+    calibration_images: NDArray[np.uint8] | None = None
     report: Callable[[Calibration], None] | None = None
     evaluation: Callable[[Package], Evaluation] | None = None
 
@@ -125,7 +128,11 @@ def _fill(folder: Path, request: ExportRequest, progress: Callable[[str], None])
     progress(f"tracing {request.weights.variant} in {precision} at {size} px")
     export_onnx(served, size, folder / MODEL)
     progress("proving it against torch in float32")
-    verification, proofs = prove_graph(folder / MODEL, size, precision, reference, served)
+    try:
+        verification, proofs = prove_graph(folder / MODEL, size, precision, reference, served)
+    except VerificationError as error:
+        hint = "; use --precision bf16" if precision == "fp16" else ""
+        raise VerificationError(f"{error}{hint}") from error
     manifest = Manifest(
         **_description(folder, checkpoint, request),
         verification=verification,
@@ -156,7 +163,8 @@ def _calibrate(network: MetaFormer, request: ExportRequest) -> tuple[Answers, Ca
     """Return the reference of the proof, and how large activations grow on the way to it."""
     model = ServedModel(network, request.input).eval()
     try:
-        reference, calibration = calibrate(model, golden_images(request.input.size, IMAGES))
+        golden = golden_images(request.input.size, IMAGES)
+        reference, calibration = calibrate(model, golden, request.calibration_images)
     except VerificationError as error:
         name = request.weights.checkpoint.name
         raise VerificationError(f"{name} is broken: {error}") from error

@@ -39,6 +39,7 @@ class Wanted:
         labels: a file of labels, or the name of a list that ships.
         revision: branch, tag or commit of the repository to download from.
         sha256: what the weights' file must have, 64 hexadecimal digits.
+        place: of the package, for the sentence that says how to do without a download.
     """
 
     variant: str
@@ -47,6 +48,7 @@ class Wanted:
     labels: str | None = None
     revision: str | None = None
     sha256: str | None = None
+    place: str | None = None
 
 
 def find_source(wanted: Wanted, progress: Progress) -> Weights:
@@ -105,7 +107,8 @@ def _of_the_catalogue(wanted: Wanted, progress: Progress) -> Weights:
         ),
         wanted.revision,
         progress,
-        instead=f"{variant} --checkpoint FILE --labels {labels}",
+        instead=f"{variant} --checkpoint FILE --labels {labels}"
+        + (f" --out {wanted.place}" if wanted.place else ""),
     )
 
 
@@ -180,6 +183,8 @@ def _download(
         return _download(replace(source, file=fallback), revision, progress, instead)
     except HubError as error:
         _cannot(source.repository, source.file, revision, error, instead)
+    if not found.was_announced:
+        progress(f"the hub announces no hash of {source.file}; --sha256 would pin it")
     if not found.was_reachable:
         progress("the hub cannot be reached, so the file in the cache is taken")
     return replace(source, checkpoint=found.path, commit=found.commit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,12 +33,13 @@ class _Stated(BaseModel):
     interpolation: str | None = None
     mean: Triple | None = None
     std: Triple | None = None
+    global_pool: str | None = None
 
 
 class _Config(_Stated):
     architecture: str | None = None
-    model_args: dict[str, Any] = {}
-    pretrained_cfg: _Stated = _Stated()
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: _Stated | None = None
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,19 @@ def read_timm_config(path: Path) -> TimmConfig:
         PackageError: it cannot be read, or asks for what metaserve does not do.
     """
     try:
-        config = _Config.model_validate_json(path.read_bytes())
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        config = _Config.model_validate_json(content)
     except OSError as error:
         raise PackageError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise PackageError(f"{path} is no config.json of timm: {where}: {first['msg']}") from error
-    stated = config.pretrained_cfg.model_dump(exclude_none=True)
+    pretrained = config.pretrained_cfg or _Stated()
+    stated = pretrained.model_dump(exclude_none=True)
     stated |= _Stated.model_dump(config, include=set(_Stated.model_fields), exclude_none=True)
-    _refuse_other_networks(path, config.model_args)
+    pooling = {"global_pool": stated["global_pool"]} if "global_pool" in stated else {}
+    _refuse_other_networks(path, pooling | (config.model_args or {}))
     # timm's names may carry the tag of the weights a training started from.
     architecture = config.architecture and config.architecture.partition(".")[0]
     return TimmConfig(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.candidate import Answers, Array, Run
+from export.seams import Answers, Array, Run
 from models.build import load_served_model
 from models.golden import golden_images
 from models.package import WEIGHTS, Package, Verification

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from export.candidate import Answers, CannotStart, OpenBackend
 from export.cli import NEEDS_EXTRAS, refuse
+from export.seams import Answers, CannotStart, OpenBackend
 from models.package import (
     MANIFEST,
     WEIGHTS,
@@ -24,7 +24,6 @@ BACKENDS = ("onnxruntime", "torch", "tensorrt", "triton")
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe `metaserve verify`."""
     parser.add_argument("package", help="a package directory, or a name in the store")
-    parser.add_argument("--model-store", type=Path, metavar="DIR")
     parser.add_argument(
         "--backends",
         type=_backends,
@@ -34,11 +33,12 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_verify(arguments: argparse.Namespace, open_backend: OpenBackend) -> int:
+def run_verify(arguments: argparse.Namespace, store: Path | None, open_backend: OpenBackend) -> int:
     """Repeat the proof of a package, or prove backends on it; returns the exit code.
 
     Args:
         arguments: as described by `add_verify_arguments`.
+        store: the model store.
         open_backend: starts a backend of the service.
     """
     try:
@@ -49,7 +49,7 @@ def run_verify(arguments: argparse.Namespace, open_backend: OpenBackend) -> int:
         return refuse(NEEDS_EXTRAS.format(error.name))
 
     try:
-        package = open_package(find_package(arguments.package, arguments.model_store))
+        package = open_package(find_package(arguments.package, store))
         package.check_files()
         reference, manifest = reference_of(package), package.manifest
         if arguments.backends:
@@ -91,7 +91,7 @@ def _prove_backends(
     from export.proofs import format_proofs, prove, store_proofs
     from export.verify import VerificationError
 
-    proofs, faults = [], []
+    proofs, failed, faults = [], [], []
     for name in arguments.backends:
         try:
             candidate = open_backend(name, package)
@@ -101,13 +101,15 @@ def _prove_backends(
         try:
             proofs.append(prove(candidate, package, reference))
         except VerificationError as error:
+            failed.append(candidate)
             faults.append(f"{name}: {error}")
         finally:
             candidate.close()
     if proofs:
         print(format_proofs(proofs))
+    if proofs or failed:
         try:
-            store_proofs(package, proofs)
+            store_proofs(package, proofs, failed)
             print(f"stored in {package.path / MANIFEST}")
         except OSError as error:
             print(f"not stored, {package.path} cannot be written: {error.strerror}")

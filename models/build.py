@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.checkpoints import Checkpoint, fit_state, load_checkpoint
 from models.metaformer import MetaFormer
-from models.package import Package
+from models.package import Package, PackageError
 from models.serving import ServedModel
 from models.variants import Architecture
 
@@ -27,12 +27,18 @@ def load_served_model(package: Package) -> ServedModel:
     """Build the served model of a package from its `weights.safetensors`.
 
     Raises:
-        PackageError: the package holds no weights.
+        PackageError: the package holds no weights, or describes no network.
         CheckpointError: the weights cannot be read or do not fit the manifest's architecture.
     """
     manifest = package.manifest
+    try:
+        architecture = manifest.architecture.to_architecture()
+    except ValueError as error:
+        raise PackageError(
+            f"the manifest of {package.path} describes no network: {error}"
+        ) from error
     network = _build(
-        manifest.architecture.to_architecture(),
+        architecture,
         load_checkpoint(package.weights_path).state,
         manifest.classes,
         manifest.head_norm_eps,

@@ -56,7 +56,12 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 WORDNET_ID = re.compile(r"n\d{8}", re.ASCII)
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
-Triple = tuple[float, float, float]
+# Of pixels in 0..1: what is larger was meant for 0..255.
+Mean = Annotated[float, Field(ge=-10, le=10)]
+Std = Annotated[float, Field(ge=1e-3, le=10)]
+# Far above every network of the paper; a manifest from elsewhere must not cost a start for ever.
+Depth = Annotated[int, Field(ge=1, le=256)]
+Width = Annotated[int, Field(ge=1, le=8192)]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -86,16 +91,16 @@ class InputSpec(_Frozen):
     size: Annotated[int, Field(ge=1, le=4096)]
     crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 1.0
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    mean: Triple = IMAGENET_MEAN
-    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    mean: tuple[Mean, Mean, Mean] = IMAGENET_MEAN
+    std: tuple[Std, Std, Std] = IMAGENET_STD
 
 
 class ArchitectureSpec(_Frozen):
     """An `Architecture` as the manifest writes it down."""
 
     name: str
-    depths: tuple[int, int, int, int]
-    dims: tuple[int, int, int, int]
+    depths: tuple[Depth, Depth, Depth, Depth]
+    dims: tuple[Width, Width, Width, Width]
     mixers: tuple[Mixer, Mixer, Mixer, Mixer]
     norm: BlockNorm
     head: Head
@@ -103,8 +108,8 @@ class ArchitectureSpec(_Frozen):
     residual_scaling: ResidualScaling
     scaled_stages: tuple[int, ...]
     block_bias: bool
-    head_dim: int
-    input_size: int
+    head_dim: Width
+    input_size: Annotated[int, Field(ge=16, le=4096)]
 
     def to_architecture(self) -> Architecture:
         """Return the dataclass the network is built from."""
@@ -186,10 +191,12 @@ class Calibration(_Frozen):
 
     Attributes:
         images: how many.
+        real_images: how many of them a user gave; the others are the golden ones.
         activations: module -> its range.
     """
 
     images: int
+    real_images: int = 0
     activations: dict[str, ActivationRange]
 
     def by_output(self) -> list[tuple[str, ActivationRange]]:
@@ -411,7 +418,9 @@ def find_package(model: str, store: Path | None = None) -> Path:
     if not candidates:
         candidates = [*(root / model for root in roots), Path(model)]
     if store is not None and not store.is_dir():
-        raise PackageError(f"the model store {store} is no directory that can be read")
+        # One that is not there yet may be made by a first use.
+        kind = PackageError if store.exists() else PackageNotFound
+        raise kind(f"the model store {store} is no directory that can be read")
     for candidate in candidates:
         try:
             if (candidate / MANIFEST).is_file():
@@ -447,8 +456,10 @@ def read_lines(path: Path) -> tuple[str, ...]:
     try:
         # Not `splitlines`, which also splits at characters that may stand in a label.
         return tuple(path.read_text("utf-8-sig").removesuffix("\n").split("\n"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"labels file {path} cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise PackageError(f"labels file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise PackageError(f"labels file {path} is no UTF-8 text: {error}") from error
 
 
 def check_name(name: str) -> None:

@@ -43,8 +43,8 @@ class Tolerance:
 # A wrong graph is off by about one standard deviation.
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(logit=1e-4, relative_logit=0.0, cosine=1e-6),
-    "fp16": Tolerance(logit=0.0, relative_logit=0.04, cosine=5e-5),
-    "bf16": Tolerance(logit=0.0, relative_logit=0.3, cosine=3e-3),
+    "fp16": Tolerance(logit=1e-4, relative_logit=0.04, cosine=5e-5),
+    "bf16": Tolerance(logit=1e-4, relative_logit=0.3, cosine=3e-3),
 }
 
 # These hold where a package is exported; other processors add in other orders. In float32 that is

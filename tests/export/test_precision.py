@@ -17,6 +17,7 @@ import export.publish
 from app.backends.ort import OnnxRuntimeBackend
 from app.cli import main
 from app.engine.loading import check_golden
+from examples.digits.data import held_out
 from export.calibration import FLOAT16_MAX, OverflowsFloat16, calibrate, check_float16
 from export.graph_runner import graph_run, widened_graph
 from export.onnx import export_onnx
@@ -24,11 +25,11 @@ from export.verify import torch_run
 from models.golden import golden_images
 from models.layers import ImageNorm, PositionNorm, SquaredReLU, StarReLU
 from models.metaformer import MetaFormer
-from models.package import ActivationRange, Calibration, InputSpec, open_package
+from models.package import PRETRAINED, ActivationRange, Calibration, InputSpec, open_package
 from models.precision import DTYPES, InFloat32, cast_network, widen_network
 from models.serving import ServedModel
 from models.tolerances import Precision
-from models.variants import Architecture, Mixer, find_variant
+from models.variants import Activation, Architecture, Mixer, find_variant
 from tests.models.tiny import CAFORMER, POOLFORMERV2, network
 from tests.reference import randomise
 
@@ -63,12 +64,13 @@ def weights(folder: Path, *, gain: float = 1.0) -> Path:
     return path
 
 
+@pytest.mark.parametrize("activation", ["star_relu", "squared_relu"])
 @pytest.mark.parametrize("precision", HALVES)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_norms_squares_and_head_stay_in_float32_and_nothing_else(
-    mixer: Mixer, precision: Precision
+    mixer: Mixer, precision: Precision, activation: Activation
 ) -> None:
-    architecture = tiny(mixer)
+    architecture = replace(tiny(mixer), activation=activation)
     trained = network(architecture)
     model = cast_network(deepcopy(trained), precision)
     values = dict(trained.named_parameters()) | dict(trained.named_buffers())
@@ -214,6 +216,47 @@ def test_calibration_lists_every_square_with_its_largest_input_and_output() -> N
     assert len(found) == blocks + sum(CAFORMER.depths[:2]) + 1  # MLPs, SepConvs, the head
 
 
+def test_real_images_are_calibrated_with_as_the_service_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    (folder / "deeper").mkdir(parents=True)
+    for index, (png, _) in enumerate(held_out()[:20]):
+        (folder / ("deeper" if index % 2 else ".") / f"{index}.png").write_bytes(png)
+    (folder / "notes.txt").write_text("no image")
+    trained = PRETRAINED / "caformer_digits" / "weights.safetensors"
+    out = tmp_path / "out"
+    arguments = ("--checkpoint", trained, "--calibration", folder, "--precision", "fp16")
+    assert run_cli("export", "caformer_digits", *arguments, "--out", out) == 0
+    calibration = open_package(out).manifest.calibration
+    golden = open_package(PRETRAINED / "caformer_digits").manifest.calibration
+    assert calibration is not None
+    assert golden is not None
+    assert (calibration.images, calibration.real_images) == (25, 20)
+    name = "stages.2.blocks.0.mlp.act"
+    largest, of_golden = (one.activations[name].largest_output for one in (calibration, golden))
+    assert largest > 2 * of_golden, "real digits excite it more than ramps and noise"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no image")
+    again = ("--checkpoint", trained, "--calibration", empty, "--out", tmp_path / "no")
+    assert run_cli("export", "caformer_digits", *again) == 2
+    assert "holds no images to calibrate with" in capsys.readouterr().err
+
+
+def test_fp16_that_fails_elsewhere_than_in_a_square_says_bf16_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = randomise(MetaFormer(DIGITS, 10), 3).state_dict()
+    state["stages.0.blocks.0.mlp.fc2.weight"] *= 3e5  # the residual stream leaves the range
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    arguments = ("--checkpoint", path, "--precision", "fp16", "--out", tmp_path / "out")
+    assert run_cli("export", "caformer_digits", *arguments) == 2
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert sentence.endswith("use --precision bf16")
+
+
 def test_fp16_that_would_overflow_is_refused_and_bf16_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,13 +286,18 @@ def test_fp16_that_would_overflow_is_refused_and_bf16_is_not(
         (float("nan"), 1.0, False),
     ],
 )
-def test_float16_is_refused_within_a_factor_of_two_of_its_end(
-    largest_input: float, largest_output: float, fits: bool
+@pytest.mark.parametrize("real_images", [0, 1])
+def test_float16_is_refused_near_its_end_and_nearer_without_real_images(
+    largest_input: float, largest_output: float, fits: bool, real_images: int
 ) -> None:
+    if not real_images:  # a margin of 16 for squares, not of 2
+        largest_input, largest_output = largest_input / 8**0.5, largest_output / 8
     activation = ActivationRange.model_construct(
         largest_input=largest_input, largest_output=largest_output
     )
-    calibration = Calibration.model_construct(images=1, activations={"stages.0.act": activation})
+    calibration = Calibration.model_construct(
+        images=1, real_images=real_images, activations={"stages.0.act": activation}
+    )
     if fits:
         check_float16(calibration)
     else:

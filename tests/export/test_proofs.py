@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from app.backends.fake import FakeBackend
 from app.backends.select import select_backend
 from app.cli import main
 from app.settings import Settings
-from export.candidate import Answers, Candidate
-from export.proofs import prove, replace_manifest, store_proofs
+from export.proofs import format_proofs, prove, replace_manifest, store_proofs
+from export.seams import Answers, Candidate
 from export.verify import VerificationError
 from models.golden import golden_images
 from models.package import MANIFEST, Package, open_package
@@ -124,6 +125,7 @@ def test_a_backend_that_is_wrong_is_named_and_not_stored_the_others_are(
             return FakeBackend(manifest.input.size, manifest.classes, manifest.embedding_dim)
         return select_backend(settings, package, threads)
 
+    assert verify(copy, "--backends", "torch") == 0  # a row that must not outlive the failure
     monkeypatch.setattr("app.cli.select_backend", wrong_torch)
     assert verify(copy, "--backends", "torch,onnxruntime") == 2
     captured = capsys.readouterr()
@@ -131,6 +133,39 @@ def test_a_backend_that_is_wrong_is_named_and_not_stored_the_others_are(
     assert fault.startswith("metaserve: torch: ")
     assert "logits differ by" in fault
     assert [one.backend for one in open_package(copy).manifest.proofs] == ["onnxruntime"]
+
+
+def test_a_backend_that_fails_loses_what_it_proved_before(copy: Path) -> None:
+    package = open_package(copy)
+    candidate = golden_candidate(package)
+    package = store_proofs(package, [prove(candidate, package, package.golden)])
+    other = replace(candidate, precision="fp16")
+    package = store_proofs(package, [prove(other, package, package.golden)])
+    assert len(package.manifest.proofs) == 2
+    store_proofs(package, [], failed=[replace(candidate, runtime="the same, broken")])
+    assert [proof.precision for proof in open_package(copy).manifest.proofs] == ["fp16"]
+
+
+def test_a_row_is_replaced_by_the_same_path_of_another_version(copy: Path) -> None:
+    package = open_package(copy)
+    for runtime in ("onnxruntime 1.31.0 CPU, 2 threads", "onnxruntime 1.32.1 CPU, 4 threads"):
+        candidate = replace(golden_candidate(package), runtime=runtime)
+        package = store_proofs(package, [prove(candidate, package, package.golden)])
+    (proof,) = package.manifest.proofs
+    assert proof.runtime == "onnxruntime 1.32.1 CPU, 4 threads"
+
+
+def test_how_far_an_answer_moves_with_its_batch_is_measured_and_shown(copy: Path) -> None:
+    package = open_package(copy)
+    steady = golden_candidate(package)
+
+    def run(batch: NDArray[np.uint8]) -> Answers:
+        logits, embedding = steady.run(batch)
+        return logits + np.float32(len(batch) * 8e-6), embedding
+
+    proof = prove(replace(steady, run=run), package, package.golden)
+    assert proof.batch_dependence == pytest.approx(4 * 8e-6, rel=0.1)
+    assert format_proofs([proof]).splitlines()[1].endswith("3.2e-05")
 
 
 def test_a_backend_that_cannot_start_here_is_one_sentence_and_exit_code_2(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save
 
 from app.cli import main
 from app.errors import StartupError
-from app.first_use import locate_package
+from app.first_use import locate_package, remove_leftovers
 from app.settings import Settings
 from models.classes import shipped_names
 from models.package import open_package
@@ -156,7 +157,9 @@ def test_without_a_network_the_start_ends_in_one_sentence(
     assert code == 2
     (sentence,) = sentences(lines)
     assert f"model.safetensors of timm/{NAME} cannot be fetched: HF_HUB_OFFLINE is set" in sentence
-    assert f"`metaserve export {NAME} --checkpoint FILE --labels imagenet-1k`" in sentence
+    place = tmp_path / "cache/metaserve/models" / NAME
+    instead = f"`metaserve export {NAME} --checkpoint FILE --labels imagenet-1k --out {place}`"
+    assert instead in sentence
     assert "Traceback" not in "".join(lines)
 
 
@@ -240,3 +243,33 @@ def test_a_folder_that_is_no_package_is_named_before_anything_is_fetched(tmp_pat
     with pytest.raises(StartupError, match="is there and is no model package; move it away"):
         locate_package(Settings(**given), lambda line: None, relay=True)
     assert (store / NAME / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_service_that_is_killed_takes_its_export_with_it(hub: Hub, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    env = environment(hub, tmp_path) | {"METASERVE_MODEL_STORE": str(store)}
+    before = len(hub.asked)
+    with stalled(hub), service_process(env, ["--model", NAME], wait="nothing") as service:
+        wait_until(lambda: len(hub.asked) > before, "the child asks the hub", seconds=60)
+        (child,) = children_of(service.process)
+        service.process.kill()
+        wait_until(lambda: not runs(child), "the child ends")
+
+
+def runs(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_leftovers_of_killed_services_are_removed_once_they_are_old(tmp_path: Path) -> None:
+    old, young = tmp_path / ".first_use.old", tmp_path / ".first_use.young"
+    for folder in (old, young):
+        (folder / "deep").mkdir(parents=True)
+    day_before_yesterday = time.time() - 2 * 24 * 3600
+    os.utime(old, (day_before_yesterday, day_before_yesterday))
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [young]

@@ -1,4 +1,7 @@
-"""A backend of the service as a proof sees it; export and app do not know each other's rooms."""
+"""What the command line brings from the service: its backends and its way to read an image.
+
+The rooms of export and app do not know each other.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.package import Package
+from models.package import InputSpec, Package
 from models.tolerances import Precision
 
 Array = NDArray[np.float32]
@@ -47,3 +50,11 @@ class Candidate:
 
 OpenBackend = Callable[[str, Package], Candidate]
 """Starts the backend of a name on a package, or raises CannotStart."""
+
+
+class UnusableImage(Exception):
+    """A file that is no image the service would take; the message says why."""
+
+
+ReadImage = Callable[[bytes, InputSpec], NDArray[np.uint8]]
+"""Reads a file as the service does, into uint8 (S, S, 3); raises UnusableImage."""
