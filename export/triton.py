@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.staging import staged
+from models.buckets import bucket_sizes
 from models.package import LABELS, MANIFEST, MODEL, PLAN, Package, PackageError, check_name
 
 Platform = Literal["onnxruntime", "tensorrt"]
@@ -154,7 +155,7 @@ def _warm_up(package: Package, max_batch_size: int) -> list[dict[str, Any]]:
     images = {"data_type": "TYPE_UINT8", "dims": [side, side, 3], "zero_data": True}
     return [
         {"name": f"batch_{size}", "batch_size": size, "inputs": {"images": images}}
-        for size in _batch_sizes(max_batch_size)
+        for size in bucket_sizes(max_batch_size)
     ]
 
 
@@ -166,19 +167,13 @@ def _tuning(
         side = package.manifest.input.size
         graphs = [
             {"batch_size": size, "input": {"images": {"dim": [side, side, 3]}}}
-            for size in _batch_sizes(max_batch_size)
+            for size in bucket_sizes(max_batch_size)
         ]
         return {"optimization": {"cuda": {"graphs": True, "graph_spec": graphs}}}
     if device == "cpu":
         return {}
     # 1 is cuDNN's heuristic: the exhaustive default searches anew for each new batch size.
     return {"parameters": {"cudnn_conv_algo_search": {"string_value": "1"}}}
-
-
-def _batch_sizes(max_batch_size: int) -> list[int]:
-    """Return 1, 2, 4 ... below the limit, and the limit."""
-    powers = (1 << power for power in range((max_batch_size - 1).bit_length()))
-    return [*powers, max_batch_size]
 
 
 def _build_script(package: Package, max_batch_size: int) -> str:

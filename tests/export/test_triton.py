@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from export.triton import BUILD_PLAN, CONFIG, _batch_sizes, config_text, write_repository
+from export.triton import BUILD_PLAN, CONFIG, config_text, write_repository
 from models.package import PRETRAINED, Package, PackageError, open_package, sha256_file
 from tests.required import require
 
@@ -259,11 +256,3 @@ def test_a_build_that_fails_leaves_no_plan(
     assert done.returncode == (2 if trtexec is None else 3)
     assert ("no trtexec here" in done.stderr) == (trtexec is None)
     assert not (model / "1" / "model.plan").exists()
-
-
-@given(st.integers(1, 300))
-def test_warmed_sizes_double_up_to_the_limit(limit: int) -> None:
-    sizes = _batch_sizes(limit)
-    assert sizes[0] == 1
-    assert sizes[-1] == limit
-    assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))
