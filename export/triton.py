@@ -162,7 +162,7 @@ def _warm_up(package: Package, max_batch_size: int) -> list[dict[str, Any]]:
 def _tuning(
     package: Package, max_batch_size: int, platform: Platform, device: Device
 ) -> dict[str, Any]:
-    """Return what makes the one or the other backend fast."""
+    """Return what makes the one or the other backend fast, and keeps float32 exact."""
     if platform == "tensorrt":
         side = package.manifest.input.size
         graphs = [
@@ -172,8 +172,16 @@ def _tuning(
         return {"optimization": {"cuda": {"graphs": True, "graph_spec": graphs}}}
     if device == "cpu":
         return {}
-    # 1 is cuDNN's heuristic: the exhaustive default searches anew for each new batch size.
-    return {"parameters": {"cudnn_conv_algo_search": {"string_value": "1"}}}
+    # 1 is cuDNN's heuristic: the exhaustive default searches anew for each new batch size. Triton
+    # calls this place deprecated, but its default here overrides what the accelerator's says.
+    tuning: dict[str, Any] = {"parameters": {"cudnn_conv_algo_search": {"string_value": "1"}}}
+    if package.manifest.precision == "fp32":
+        # Triton 24.06 or newer; an older one refuses to load the model, rather than round it.
+        cuda = {"name": "cuda", "parameters": {"use_tf32": "0"}}
+        tuning["optimization"] = {
+            "execution_accelerators": {"gpu_execution_accelerator": [cuda]},
+        }
+    return tuning
 
 
 def _build_script(package: Package, max_batch_size: int) -> str:
@@ -182,6 +190,8 @@ def _build_script(package: Package, max_batch_size: int) -> str:
         kind: f"images:{size}x{side}x{side}x3"
         for kind, size in (("min", 1), ("opt", max_batch_size), ("max", max_batch_size))
     }
+    # Without it trtexec rounds the factors of every product to TF32, ten bits.
+    exact = "--noTF32 " if package.manifest.precision == "fp32" else ""
     return f"""\
 #!/bin/sh
 # Builds {PLAN} from {MODEL}; a plan fits one TensorRT and one kind of GPU. Run this where the plan
@@ -193,7 +203,7 @@ trtexec=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)
     "with the same yy.mm tag as your Triton image" >&2; exit 2; }}
 # TensorRT 10 needs to be told that the graph decides on types; 11 knows nothing else.
 if "$trtexec" --help | grep -q stronglyTyped; then set -- --stronglyTyped "$@"; fi
-"$trtexec" --onnx={MODEL} --saveEngine={PLAN}.new \\
+"$trtexec" {exact}--onnx={MODEL} --saveEngine={PLAN}.new \\
     --minShapes={shapes["min"]} --optShapes={shapes["opt"]} --maxShapes={shapes["max"]} "$@"
 mv {PLAN}.new {PLAN}
 """

@@ -13,6 +13,7 @@ import pytest
 
 from export.triton import BUILD_PLAN, CONFIG, config_text, write_repository
 from models.package import PRETRAINED, Package, PackageError, open_package, sha256_file
+from models.tolerances import Precision
 from tests.required import require
 
 EMBEDDED = PRETRAINED / "caformer_digits"
@@ -32,6 +33,11 @@ def parse(text: str) -> Any:
     """Read a configuration as Triton does: unknown fields are errors."""
     message = require("tritonclient.grpc.model_config_pb2").ModelConfig()
     return require("google.protobuf.text_format").Parse(text, message)
+
+
+def in_precision(package: Package, precision: Precision) -> Package:
+    """Return the package as if its graph were of another precision."""
+    return Package(package.path, package.manifest.model_copy(update={"precision": precision}))
 
 
 def without_labels(package: Package) -> Package:
@@ -77,6 +83,20 @@ def test_device_becomes_the_kind_of_the_instances(
     config = parse(config_text(package, "m", 4, "onnxruntime", device))
     assert config.instance_group[0].kind == messages.ModelInstanceGroup.Kind.Value(kind)
     assert ("cudnn_conv_algo_search" in config.parameters) == (device != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "options"),
+    [("fp32", "gpu", "0"), ("fp32", "auto", "0"), ("fp16", "gpu", None), ("fp32", "cpu", None)],
+)
+def test_float32_is_not_rounded_to_tf32_on_a_gpu(
+    package: Package, precision: Precision, device: Any, options: str | None
+) -> None:
+    exported = in_precision(package, precision)
+    config = parse(config_text(exported, "m", 4, "onnxruntime", device))
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    said = {one.name: one.parameters["use_tf32"] for one in accelerators}
+    assert said == ({} if options is None else {"cuda": options})
 
 
 def test_a_misspelt_field_would_be_caught(package: Package) -> None:
@@ -243,6 +263,17 @@ def test_the_script_builds_the_plan_with_one_profile(
         "--verbose",
     }
     assert ("--stronglyTyped" in said) == strongly_typed
+
+
+@pytest.mark.parametrize(("precision", "is_exact"), [("fp32", True), ("bf16", False)])
+def test_the_script_forbids_tf32_where_the_graph_is_float32(
+    package: Package, tmp_path: Path, precision: Precision, is_exact: bool
+) -> None:
+    exported = in_precision(package, precision)
+    model = write_repository(exported, tmp_path / "r", platform="tensorrt")
+    done = run_build(model, tmp_path, '[ "$1" = --help ] && exit; echo "$@" > model.plan.new')
+    assert done.returncode == 0, done.stderr
+    assert ("--noTF32" in (model / "1" / "model.plan").read_text().split()) == is_exact
 
 
 @pytest.mark.parametrize("trtexec", [None, '[ "$1" = --help ] || exit 3'])
