@@ -65,7 +65,8 @@ def write_repository(
         `<root>/<name>`, there as a whole or not at all.
 
     Raises:
-        PackageError: the package is damaged, the place is taken, or tritonclient is missing.
+        PackageError: the package is damaged or nothing that the platform runs, the place is taken,
+            or tritonclient is missing.
     """
     name = name or package.manifest.name
     check_name(name)
@@ -73,6 +74,11 @@ def write_repository(
         raise PackageError(f"a batch holds at least one image, not {max_batch_size}")
     if (platform, device) == ("tensorrt", "cpu"):
         raise PackageError("a TensorRT plan runs on a GPU; choose another device than cpu")
+    if platform == "onnxruntime" and package.manifest.precision == "bf16":
+        raise PackageError(
+            f"{package.manifest.name} is in bf16, which onnxruntime does not run; choose "
+            "--triton-platform tensorrt, or export it with --precision fp16"
+        )
     if platform == "tensorrt" and PLAN in package.manifest.files:
         raise PackageError(
             f"{package.path} holds a {PLAN}, which may fit another TensorRT than Triton's; give "

@@ -195,6 +195,17 @@ def test_what_cannot_be_is_refused_in_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu", "auto"])
+def test_a_bf16_package_is_for_tensorrt_alone(
+    package: Package, tmp_path: Path, device: Any
+) -> None:
+    exported = in_precision(package, "bf16")
+    with pytest.raises(PackageError, match="onnxruntime does not run; choose --triton-platform te"):
+        write_repository(exported, tmp_path, device=device)
+    assert list(tmp_path.iterdir()) == []
+    write_repository(exported, tmp_path, platform="tensorrt")
+
+
 @pytest.mark.parametrize("module", ["tritonclient.grpc.model_config_pb2", "google.protobuf"])
 def test_without_the_client_the_extra_is_named(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
