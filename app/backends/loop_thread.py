@@ -63,9 +63,14 @@ class LoopThread:
             self._loop.run_forever()
             # Somebody blocks on each of these: a loop that merely stops would leave them waiting.
             # One that ends may leave another behind.
-            while left := asyncio.all_tasks(self._loop):
+            while left := self._tasks_left():
                 for task in left:
                     task.cancel()
                 self._loop.run_until_complete(asyncio.wait(left))
         finally:
             self._loop.close()
+
+    def _tasks_left(self) -> set[asyncio.Task[Any]]:
+        # First a turn for those that have ended: their callers have not been told yet.
+        self._loop.run_until_complete(asyncio.sleep(0))
+        return asyncio.all_tasks(self._loop)

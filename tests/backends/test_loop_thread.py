@@ -118,6 +118,17 @@ def test_closing_ends_what_a_call_leaves_behind(loop: LoopThread) -> None:
     assert behind[0].cancelled()
 
 
+def test_a_call_that_ends_as_the_loop_stops_has_its_answer(loop: LoopThread) -> None:
+    async def stop_and_answer() -> str:
+        with pytest.raises(RuntimeError, match="cannot join current thread"):
+            loop.close()
+        await asyncio.sleep(0)  # the next turn is the last one
+        return "answer"
+
+    assert loop.call(stop_and_answer(), PATIENCE_SECONDS) == "answer"
+    loop.close()
+
+
 def test_closing_again_is_nothing(loop: LoopThread) -> None:
     loop.close()
     loop.close()
