@@ -1,9 +1,10 @@
 """Triton: batches go to a Triton Inference Server over gRPC, and survive its absence.
 
-A batch whose connection is lost opens the circuit: everything is refused at once with
-BackendUnavailable while one probe at a time, each on a new channel, asks whether the model
-is ready. The channel of the probe that succeeds is the one in use from then on, so nothing of the
-old connection matters any more: back-off, half-open sockets, addresses that have changed.
+A connection that is lost, to a batch or to the check for life after one that nobody answered, opens
+the circuit: everything is refused at once with BackendUnavailable while one probe at a time, each
+on a new channel, asks whether the model is ready. The channel of the probe that succeeds is the one
+in use from then on, so nothing of the old connection matters any more: back-off, half-open sockets,
+addresses that have changed.
 
 An inference changes nothing on the server, so a batch whose connection was lost is sent once more,
 if the first probe, sent at once, succeeds: a balancer that dropped an idle connection, or one of
@@ -33,7 +34,7 @@ from models.package import Package
 from models.tolerances import ELSEWHERE, TOLERANCES
 
 if TYPE_CHECKING:
-    from app.backends.triton_connection import ConnectionLost, TritonConnection
+    from app.backends.triton_connection import TritonConnection
 
 log = logging.getLogger("metaserve.backends")
 
@@ -122,13 +123,13 @@ class TritonBackend:
         try:
             return await connection.infer(batch, deadline)
         except self._lib.ConnectionLost as error:
-            self._lost(connection, error)
+            self._lost(connection, str(error))
         await self._first_probe.wait()
         connection = self._in_use()
         try:
             return await connection.infer(batch, deadline)
         except self._lib.ConnectionLost as error:
-            self._lost(connection, error)
+            self._lost(connection, str(error))
             raise BackendUnavailable(AWAY) from error
 
     def _in_use(self) -> TritonConnection:
@@ -141,12 +142,12 @@ class TritonBackend:
             raise BackendUnavailable(AWAY)
         return self._connection
 
-    def _lost(self, connection: TritonConnection, error: ConnectionLost) -> None:
+    def _lost(self, connection: TritonConnection, reason: str) -> None:
         """Open the circuit and start to probe, unless another connection is in use already."""
         now = time.monotonic()
         if connection is not self._connection or not self._circuit.lost(now):
             return
-        log.warning("lost Triton at %s: %s", self._url, error)
+        log.warning("lost Triton at %s: %s", self._url, reason)
         self._first_probe = asyncio.Event()
         self._reconnecting = asyncio.create_task(self._reconnect(now))
 
@@ -181,6 +182,7 @@ class TritonBackend:
             StartupError: there is another model, or none.
         """
         connection = self._lib.TritonConnection(self._url, self._model)
+        connection.lost.add_done_callback(lambda lost: self._lost(connection, lost.result()))
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 described = await connection.describe()

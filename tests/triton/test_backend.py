@@ -456,6 +456,43 @@ def test_a_batch_whose_connection_is_cut_is_sent_once_more(
         backend.close()
 
 
+def test_a_connection_that_died_in_silence_is_replaced_though_deadlines_are_short(
+    server: TritonServer, package: Package, images: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_connection, "ALIVE_SECONDS", 0.3)
+    assert triton_connection.SILENCE_SECONDS > 1, "no batch here waits for the check of long ones"
+    with Relay(server.port) as relay:
+        backend = TritonBackend(package, relay.url, MODEL)
+        expected = backend.run(images)
+        relay.swallow()
+
+        def is_answered() -> bool:
+            try:
+                return backend.run(images, time.monotonic() + 0.2).logits is not None
+            except (DeadlineExceeded, BackendUnavailable):
+                return False
+
+        assert not is_answered(), "the relay passes what it was to swallow"
+        wait_until(is_answered, "a new connection is in use", seconds=5)
+        assert backend.run(images).logits.tobytes() == expected.logits.tobytes()
+        backend.close()
+
+
+def test_a_check_for_life_takes_no_batch_beyond_its_deadline(
+    server: TritonServer, package: Package, images: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_connection, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(triton_connection, "ALIVE_SECONDS", PATIENCE_SECONDS)
+    with Relay(server.port) as relay:
+        backend = TritonBackend(package, relay.url, MODEL)
+        relay.swallow()
+        started_at = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            backend.run(images, started_at + 0.5)
+        assert time.monotonic() - started_at < PATIENCE_SECONDS / 3
+        backend.close()
+
+
 def test_a_batch_is_not_sent_a_third_time(
     server: TritonServer, package: Package, images: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,6 +575,7 @@ class Relay:
         self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
+        self._swallowed: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._spawn(self._accept)
 
@@ -552,6 +590,10 @@ class Relay:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
+
+    def swallow(self) -> None:
+        """Drop what comes on the connections there are, and say nothing; new ones pass."""
+        self._swallowed.update(self._sockets)
 
     def __enter__(self) -> Relay:
         return self
@@ -577,7 +619,8 @@ class Relay:
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                target.sendall(data)
+                if source not in self._swallowed:
+                    target.sendall(data)
             target.shutdown(socket.SHUT_RDWR)
 
     def _spawn(self, work: Any) -> None:
