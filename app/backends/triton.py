@@ -27,7 +27,7 @@ from app.backends.base import BackendInfo
 from app.backends.circuit import Circuit
 from app.backends.loop_thread import LoopThread
 from app.backends.triton_model import Described, check_model
-from app.errors import BackendUnavailable, StartupError
+from app.errors import BackendUnavailable, DeadlineExceeded, StartupError
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package
@@ -41,7 +41,7 @@ log = logging.getLogger("metaserve.backends")
 DEFAULT_PORT = 8001
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.25
-SAME_SECONDS = 30.0
+SAME_SECONDS = 10.0
 # Beyond what bounds a call inside the loop; to be exceeded only by a loop that hangs.
 GRACE_SECONDS = 10.0
 
@@ -99,7 +99,8 @@ class TritonBackend:
 
         Raises:
             BackendUnavailable: the server is away; at once, once that is known.
-            DeadlineExceeded: the deadline passed here or in the server's queue.
+            DeadlineExceeded: the deadline passed here, in the server's queue or before the server
+                was found again.
             Overloaded: the server's queue is full.
             Exception: the server failed on the batch.
         """
@@ -124,7 +125,12 @@ class TritonBackend:
             return await connection.infer(batch, deadline)
         except self._lib.ConnectionLost as error:
             self._lost(connection, str(error))
-        await self._first_probe.wait()
+        seconds = min(deadline - time.monotonic(), self._lib.LONGEST_RUN_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._first_probe.wait()
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline passed before Triton was back") from error
         connection = self._in_use()
         try:
             return await connection.infer(batch, deadline)

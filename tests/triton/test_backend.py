@@ -21,7 +21,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc.aio import InferenceServerClient as AsyncClient
 
-from app.backends import triton_connection
+from app.backends import triton, triton_connection
 from app.backends.ort import OnnxRuntimeBackend
 from app.backends.triton import TritonBackend, _address
 from app.engine.loading import check_golden
@@ -490,6 +490,22 @@ def test_a_check_for_life_takes_no_batch_beyond_its_deadline(
         with pytest.raises(DeadlineExceeded):
             backend.run(images, started_at + 0.5)
         assert time.monotonic() - started_at < PATIENCE_SECONDS / 3
+        backend.close()
+
+
+def test_a_batch_waits_for_no_probe_beyond_its_deadline(
+    server: TritonServer, package: Package, images: Batch
+) -> None:
+    clear_gate()
+    with Relay(server.port) as relay, ThreadPoolExecutor(1) as pool:
+        backend = TritonBackend(package, relay.url, GATED)
+        started_at = time.monotonic()
+        running = pool.submit(backend.run, images, started_at + 1)
+        wait_until(waiting().exists, "the batch waits at the gate")
+        relay.cut()  # the probe finds the server, but its golden image waits at the gate as well
+        assert isinstance(running.exception(PATIENCE_SECONDS), DeadlineExceeded)
+        assert time.monotonic() - started_at < triton.SAME_SECONDS / 2
+        gate().touch()
         backend.close()
 
 
