@@ -52,7 +52,8 @@ class TritonBackend:
     """Sends batches to one model of one Triton server.
 
     Args:
-        package: the model that the server is to run; its files stay here, unread.
+        package: the model that the server is to run; of its files only the golden outputs are read,
+            once.
         url: host and port of the server's gRPC endpoint.
         model: its name on the server; the package's when None.
         device: refuse a model that runs elsewhere; `auto` takes any.
@@ -61,6 +62,7 @@ class TritonBackend:
     Raises:
         StartupError: the client library, the server or the model is missing, or it is another
             model than the package's.
+        PackageError: the package has no golden outputs.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class TritonBackend:
         try:
             described = self._loop.call(self._start(wait_seconds))
             self.info = self._info(described, device)
+            self._golden_logits = package.golden[0]
         except BaseException:
             self.close()
             raise
@@ -210,9 +213,9 @@ class TritonBackend:
             StartupError: it answers a golden image with other numbers; the connection is closed.
             Exception: it cannot be asked; likewise.
         """
-        expected = self._package.golden[0]
-        images = golden_images(self._package.manifest.input.size, len(expected))
+        expected = self._golden_logits
         try:
+            images = golden_images(self._package.manifest.input.size, len(expected))
             rows = await connection.infer(images[:1], time.monotonic() + SAME_SECONDS)
             precision = self._package.manifest.precision
             allowed = ELSEWHERE[precision] * TOLERANCES[precision].allowed(expected)

@@ -441,6 +441,32 @@ def test_a_lost_connection_to_a_server_that_lives_costs_no_answer(
         backend.close()
 
 
+def test_the_packages_files_are_read_at_the_start_and_never_again(
+    server: TritonServer, tmp_path: Path, images: Batch
+) -> None:
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "package"))
+    clear_gate()
+    with Relay(server.port) as relay, ThreadPoolExecutor(1) as pool:
+        backend = TritonBackend(open_package(folder), relay.url, GATED)
+        shutil.rmtree(folder)
+        running = pool.submit(backend.run, images)
+        wait_until(waiting().exists, "the batch waits at the gate")
+        relay.cut()
+        gate().touch()
+        assert len(running.result(PATIENCE_SECONDS).logits) == len(images)
+        backend.close()
+
+
+def test_a_package_without_golden_outputs_leaves_no_thread(
+    server: TritonServer, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "package"))
+    (folder / "golden.npz").write_bytes(b"")
+    with pytest.raises(PackageError, match="holds no golden outputs"):
+        TritonBackend(open_package(folder), server.url, MODEL)
+    assert "triton" not in {one.name for one in threading.enumerate()}
+
+
 def test_a_batch_whose_connection_is_cut_is_sent_once_more(
     server: TritonServer, package: Package, images: Batch
 ) -> None:
