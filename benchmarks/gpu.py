@@ -19,7 +19,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from app.backends.buckets import bucket_sizes
 from app.cpu import cpu_limit
 from app.errors import first_line
 from app.types import Batch
@@ -27,6 +26,7 @@ from benchmarks.gpu_candidates import Candidate, Missing, Opened, Sizes, candida
 from benchmarks.gpu_ceilings import measure_ceilings
 from benchmarks.gpu_models import IMAGES, Subject, build_subject
 from benchmarks.gpu_report import Check, Report, Row, describe_machine
+from models.buckets import bucket_sizes
 from models.golden import golden_images
 from models.tolerances import TOLERANCES
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.staging import staged
+from models.buckets import bucket_sizes
 from models.package import LABELS, MANIFEST, MODEL, PLAN, Package, PackageError, check_name
 
 Platform = Literal["onnxruntime", "tensorrt"]
@@ -64,7 +65,8 @@ def write_repository(
         `<root>/<name>`, there as a whole or not at all.
 
     Raises:
-        PackageError: the package is damaged, the place is taken, or tritonclient is missing.
+        PackageError: the package is damaged or nothing that the platform runs, the place is taken,
+            or tritonclient is missing.
     """
     name = name or package.manifest.name
     check_name(name)
@@ -72,6 +74,11 @@ def write_repository(
         raise PackageError(f"a batch holds at least one image, not {max_batch_size}")
     if (platform, device) == ("tensorrt", "cpu"):
         raise PackageError("a TensorRT plan runs on a GPU; choose another device than cpu")
+    if platform == "onnxruntime" and package.manifest.precision == "bf16":
+        raise PackageError(
+            f"{package.manifest.name} is in bf16, which onnxruntime does not run; choose "
+            "--triton-platform tensorrt, or export it with --precision fp16"
+        )
     if platform == "tensorrt" and PLAN in package.manifest.files:
         raise PackageError(
             f"{package.path} holds a {PLAN}, which may fit another TensorRT than Triton's; give "
@@ -154,31 +161,33 @@ def _warm_up(package: Package, max_batch_size: int) -> list[dict[str, Any]]:
     images = {"data_type": "TYPE_UINT8", "dims": [side, side, 3], "zero_data": True}
     return [
         {"name": f"batch_{size}", "batch_size": size, "inputs": {"images": images}}
-        for size in _batch_sizes(max_batch_size)
+        for size in bucket_sizes(max_batch_size)
     ]
 
 
 def _tuning(
     package: Package, max_batch_size: int, platform: Platform, device: Device
 ) -> dict[str, Any]:
-    """Return what makes the one or the other backend fast."""
+    """Return what makes the one or the other backend fast, and keeps float32 exact."""
     if platform == "tensorrt":
         side = package.manifest.input.size
         graphs = [
             {"batch_size": size, "input": {"images": {"dim": [side, side, 3]}}}
-            for size in _batch_sizes(max_batch_size)
+            for size in bucket_sizes(max_batch_size)
         ]
         return {"optimization": {"cuda": {"graphs": True, "graph_spec": graphs}}}
     if device == "cpu":
         return {}
-    # 1 is cuDNN's heuristic: the exhaustive default searches anew for each new batch size.
-    return {"parameters": {"cudnn_conv_algo_search": {"string_value": "1"}}}
-
-
-def _batch_sizes(max_batch_size: int) -> list[int]:
-    """Return 1, 2, 4 ... below the limit, and the limit."""
-    powers = (1 << power for power in range((max_batch_size - 1).bit_length()))
-    return [*powers, max_batch_size]
+    # 1 is cuDNN's heuristic: the exhaustive default searches anew for each new batch size. Triton
+    # calls this place deprecated, but its default here overrides what the accelerator's says.
+    tuning: dict[str, Any] = {"parameters": {"cudnn_conv_algo_search": {"string_value": "1"}}}
+    if package.manifest.precision == "fp32":
+        # Triton 24.06 or newer; an older one refuses to load the model, rather than round it.
+        cuda = {"name": "cuda", "parameters": {"use_tf32": "0"}}
+        tuning["optimization"] = {
+            "execution_accelerators": {"gpu_execution_accelerator": [cuda]},
+        }
+    return tuning
 
 
 def _build_script(package: Package, max_batch_size: int) -> str:
@@ -187,6 +196,8 @@ def _build_script(package: Package, max_batch_size: int) -> str:
         kind: f"images:{size}x{side}x{side}x3"
         for kind, size in (("min", 1), ("opt", max_batch_size), ("max", max_batch_size))
     }
+    # Without it trtexec rounds the factors of every product to TF32, ten bits.
+    exact = "--noTF32 " if package.manifest.precision == "fp32" else ""
     return f"""\
 #!/bin/sh
 # Builds {PLAN} from {MODEL}; a plan fits one TensorRT and one kind of GPU. Run this where the plan
@@ -198,7 +209,7 @@ trtexec=$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)
     "with the same yy.mm tag as your Triton image" >&2; exit 2; }}
 # TensorRT 10 needs to be told that the graph decides on types; 11 knows nothing else.
 if "$trtexec" --help | grep -q stronglyTyped; then set -- --stronglyTyped "$@"; fi
-"$trtexec" --onnx={MODEL} --saveEngine={PLAN}.new \\
+"$trtexec" {exact}--onnx={MODEL} --saveEngine={PLAN}.new \\
     --minShapes={shapes["min"]} --optShapes={shapes["opt"]} --maxShapes={shapes["max"]} "$@"
 mv {PLAN}.new {PLAN}
 """

@@ -24,13 +24,13 @@ PLAN = {
     "app.backends": {"models", "app.errors", "app.types", "app.settings"},
     "app.images": {"models.package", "app.errors", "app.types"},
     "app.engine": {
+        "models.buckets",
         "models.package",
         "models.golden",
         "models.tolerances",
         "app.errors",
         "app.types",
         "app.backends.base",
-        "app.backends.buckets",
     },
     "app.http": {
         "models.package",

@@ -1,4 +1,4 @@
-"""Batch sizes that are prepared in advance, for devices that plan or compile for each shape."""
+"""A batch takes the smallest prepared size that holds it, padded with pixels of its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from app.types import Batch
-
-
-def bucket_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """Return 1, 2, 4 ... below a limit, and the limit."""
-    powers = (1 << power for power in range((max_batch_size - 1).bit_length()))
-    return (*powers, max_batch_size)
 
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from app.backends.base import BackendInfo
-from app.backends.buckets import bucket_sizes
 from app.backends.ort_device import BoundBuckets
 from app.backends.ort_session import CPU, CUDA, TENSORRT, SessionPlan, open_session
 from app.errors import StartupError
 from app.types import Batch, Rows
+from models.buckets import bucket_sizes
 from models.gpu import NoGpuError, find_gpu
 from models.onnx_runtime import import_onnxruntime
 from models.package import MODEL, Package

@@ -7,9 +7,9 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from app.backends.base import BackendInfo
-from app.backends.buckets import bucket_sizes
 from app.errors import StartupError
 from app.types import Batch, Rows
+from models.buckets import bucket_sizes
 from models.package import Package, PackageError
 from models.tolerances import Precision
 

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from app.backends.base import BackendInfo
-from app.backends.buckets import bucket_for, bucket_sizes, pad_batch
+from app.backends.buckets import bucket_for, pad_batch
 from app.backends.tensorrt_runtime import Cuda, LoadedPlan, PreparedBatch
 from app.errors import StartupError, first_line
 from app.types import Batch, Rows
+from models.buckets import bucket_sizes
 from models.gpu import Gpu, NoGpuError, find_gpu
 from models.package import MODEL, Package, PackageError, PlanSpec
 from models.tensorrt import import_tensorrt, operating_system

@@ -1,9 +1,10 @@
 """Triton: batches go to a Triton Inference Server over gRPC, and survive its absence.
 
-A batch whose connection is lost opens the circuit: everything is refused at once with
-BackendUnavailable while one probe at a time, each on a new channel, asks whether the model
-is ready. The channel of the probe that succeeds is the one in use from then on, so nothing of the
-old connection matters any more: back-off, half-open sockets, addresses that have changed.
+A connection that is lost, to a batch or to the check for life after one that nobody answered, opens
+the circuit: everything is refused at once with BackendUnavailable while one probe at a time, each
+on a new channel, asks whether the model is ready. The channel of the probe that succeeds is the one
+in use from then on, so nothing of the old connection matters any more: back-off, half-open sockets,
+addresses that have changed.
 
 An inference changes nothing on the server, so a batch whose connection was lost is sent once more,
 if the first probe, sent at once, succeeds: a balancer that dropped an idle connection, or one of
@@ -26,21 +27,21 @@ from app.backends.base import BackendInfo
 from app.backends.circuit import Circuit
 from app.backends.loop_thread import LoopThread
 from app.backends.triton_model import Described, check_model
-from app.errors import BackendUnavailable, StartupError
+from app.errors import BackendUnavailable, DeadlineExceeded, StartupError
 from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package
 from models.tolerances import ELSEWHERE, TOLERANCES
 
 if TYPE_CHECKING:
-    from app.backends.triton_connection import ConnectionLost, TritonConnection
+    from app.backends.triton_connection import TritonConnection
 
 log = logging.getLogger("metaserve.backends")
 
 DEFAULT_PORT = 8001
 PROBE_SECONDS = 2.0
 PAUSE_SECONDS = 0.25
-SAME_SECONDS = 30.0
+SAME_SECONDS = 10.0
 # Beyond what bounds a call inside the loop; to be exceeded only by a loop that hangs.
 GRACE_SECONDS = 10.0
 
@@ -51,7 +52,8 @@ class TritonBackend:
     """Sends batches to one model of one Triton server.
 
     Args:
-        package: the model that the server is to run; its files stay here, unread.
+        package: the model that the server is to run; of its files only the golden outputs are read,
+            once.
         url: host and port of the server's gRPC endpoint.
         model: its name on the server; the package's when None.
         device: refuse a model that runs elsewhere; `auto` takes any.
@@ -60,6 +62,7 @@ class TritonBackend:
     Raises:
         StartupError: the client library, the server or the model is missing, or it is another
             model than the package's.
+        PackageError: the package has no golden outputs.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class TritonBackend:
         try:
             described = self._loop.call(self._start(wait_seconds))
             self.info = self._info(described, device)
+            self._golden_logits = package.golden[0]
         except BaseException:
             self.close()
             raise
@@ -98,7 +102,8 @@ class TritonBackend:
 
         Raises:
             BackendUnavailable: the server is away; at once, once that is known.
-            DeadlineExceeded: the deadline passed here or in the server's queue.
+            DeadlineExceeded: the deadline passed here, in the server's queue or before the server
+                was found again.
             Overloaded: the server's queue is full.
             Exception: the server failed on the batch.
         """
@@ -122,13 +127,18 @@ class TritonBackend:
         try:
             return await connection.infer(batch, deadline)
         except self._lib.ConnectionLost as error:
-            self._lost(connection, error)
-        await self._first_probe.wait()
+            self._lost(connection, str(error))
+        seconds = min(deadline - time.monotonic(), self._lib.LONGEST_RUN_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._first_probe.wait()
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline passed before Triton was back") from error
         connection = self._in_use()
         try:
             return await connection.infer(batch, deadline)
         except self._lib.ConnectionLost as error:
-            self._lost(connection, error)
+            self._lost(connection, str(error))
             raise BackendUnavailable(AWAY) from error
 
     def _in_use(self) -> TritonConnection:
@@ -141,12 +151,12 @@ class TritonBackend:
             raise BackendUnavailable(AWAY)
         return self._connection
 
-    def _lost(self, connection: TritonConnection, error: ConnectionLost) -> None:
+    def _lost(self, connection: TritonConnection, reason: str) -> None:
         """Open the circuit and start to probe, unless another connection is in use already."""
         now = time.monotonic()
         if connection is not self._connection or not self._circuit.lost(now):
             return
-        log.warning("lost Triton at %s: %s", self._url, error)
+        log.warning("lost Triton at %s: %s", self._url, reason)
         self._first_probe = asyncio.Event()
         self._reconnecting = asyncio.create_task(self._reconnect(now))
 
@@ -181,6 +191,7 @@ class TritonBackend:
             StartupError: there is another model, or none.
         """
         connection = self._lib.TritonConnection(self._url, self._model)
+        connection.lost.add_done_callback(lambda lost: self._lost(connection, lost.result()))
         try:
             async with asyncio.timeout(PROBE_SECONDS):
                 described = await connection.describe()
@@ -202,9 +213,9 @@ class TritonBackend:
             StartupError: it answers a golden image with other numbers; the connection is closed.
             Exception: it cannot be asked; likewise.
         """
-        expected = self._package.golden[0]
-        images = golden_images(self._package.manifest.input.size, len(expected))
+        expected = self._golden_logits
         try:
+            images = golden_images(self._package.manifest.input.size, len(expected))
             rows = await connection.infer(images[:1], time.monotonic() + SAME_SECONDS)
             precision = self._package.manifest.precision
             allowed = ELSEWHERE[precision] * TOLERANCES[precision].allowed(expected)

@@ -16,7 +16,9 @@ from app.errors import DeadlineExceeded, Overloaded, StartupError, first_line
 from app.types import Batch, Rows
 
 SILENCE_SECONDS = 2.0
-"""How long a batch may take before the server is asked whether it lives, and again and again."""
+"""How long a batch may take before the server is asked whether it lives, and again and again.
+
+One whose deadline ends it sooner has it asked then."""
 
 ALIVE_SECONDS = 2.0
 """How long that answer may take."""
@@ -32,7 +34,7 @@ _CHANNEL = (
     # Proxy variables are for the web; a model server is a neighbour.
     ("grpc.enable_http_proxy", 0),
     # No keep-alive pings: Triton cuts who sends them more often than every five minutes. A run that
-    # takes long asks for life with a call of its own instead, see `_answer_of`.
+    # takes long asks for life with a call of its own instead, see `_check_alive`.
 )
 
 
@@ -50,12 +52,17 @@ class TritonConnection:
     Args:
         url: host and port.
         model: its name on the server.
+
+    Attributes:
+        lost: done, with the reason, once the server gives no sign of life or the channel is closed.
     """
 
     def __init__(self, url: str, model: str) -> None:
         self._client = InferenceServerClient(url, channel_args=_CHANNEL)
         self._url = url
         self._model = model
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._life_check: asyncio.Task[None] | None = None
 
     async def infer(self, batch: Batch, deadline: float) -> Rows:
         """Answer a batch.
@@ -107,28 +114,48 @@ class TritonConnection:
 
     async def close(self) -> None:
         """Close the channel; calls that still wait on it end with ConnectionLost."""
+        self._lose("the connection was closed")
+        if self._life_check is not None:
+            self._life_check.cancel()
         await self._client.close()
 
     async def _answer_of(self, call: asyncio.Future[Any]) -> Any:
         """Wait for a call as long as the server shows signs of life."""
         try:
-            while not (await asyncio.wait([call], timeout=SILENCE_SECONDS))[0]:
-                await self._check_alive()
-            return call.result()
+            while await self._is_silent(call):
+                self._check_alive()
+            if call.done() and not call.cancelled():
+                return call.result()
+            raise ConnectionLost(self.lost.result())
         except InferenceServerException as error:
-            raise _in_our_words(error) from error
-        except asyncio.CancelledError:
-            if call.cancelled():  # by `close`, and not with the task that waits here
-                raise ConnectionLost("the connection was closed") from None
-            raise
+            ours = _in_our_words(error)
+            if isinstance(ours, DeadlineExceeded):
+                self._check_alive()  # nobody may be there, and no batch may ever wait long enough
+            raise ours from error
         finally:
             call.cancel()
 
-    async def _check_alive(self) -> None:
+    async def _is_silent(self, call: asyncio.Future[Any]) -> bool:
+        """Wait for a call or the loss of the connection; True when neither comes for long."""
+        done, _ = await asyncio.wait(
+            [call, self.lost], timeout=SILENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
+        return not done
+
+    def _check_alive(self) -> None:
+        """See to it that the server is asked; callers do not wait for its answer."""
+        if not self.lost.done() and (self._life_check is None or self._life_check.done()):
+            self._life_check = asyncio.create_task(self._ask_alive())
+
+    async def _ask_alive(self) -> None:
         try:
             await self._client.is_server_live(client_timeout=ALIVE_SECONDS)
         except InferenceServerException as error:
-            raise ConnectionLost(f"it does not answer: {_said(error)}") from error
+            self._lose(f"it does not answer: {_said(error)}")
+
+    def _lose(self, reason: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(reason)
 
     async def _why_not_ready(self) -> str:
         """Return the state of the model.

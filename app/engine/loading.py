@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.backends.base import Backend
-from app.backends.buckets import bucket_sizes
 from app.engine.base import GoldenCheck
 from app.engine.timing import USEFUL_GAIN, ServiceTimes
 from app.errors import first_line
 from app.types import Batch, Rows
+from models.buckets import bucket_sizes
 from models.golden import golden_images
 from models.package import Package, PackageError
 from models.tolerances import ELSEWHERE, TOLERANCES, Precision

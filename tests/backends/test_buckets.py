@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.backends.buckets import bucket_for, bucket_sizes, pad_batch
+from app.backends.buckets import bucket_for, pad_batch
+from models.buckets import bucket_sizes
 
 
 @pytest.mark.parametrize(

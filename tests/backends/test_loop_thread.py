@@ -68,3 +68,68 @@ def test_closing_ends_every_call_that_waits(loop: LoopThread) -> None:
         for call in calls:
             with pytest.raises(CancelledError):
                 call.result(PATIENCE_SECONDS)
+
+
+def test_a_call_that_comes_while_the_loop_closes_is_refused_at_once(loop: LoopThread) -> None:
+    started, ending, refused = (threading.Event() for _ in range(3))
+
+    async def end_slowly() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ending.set()
+            assert refused.wait(PATIENCE_SECONDS), "the late call was not refused"
+
+    def call_late() -> None:
+        assert ending.wait(PATIENCE_SECONDS), "the loop does not close"
+        try:
+            loop.call(thread_name(), PATIENCE_SECONDS / 2)
+        finally:
+            refused.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        first, late = pool.submit(loop.call, end_slowly()), pool.submit(call_late)
+        assert started.wait(PATIENCE_SECONDS), "the first call did not start"
+        loop.close()
+        for call in (first, late):
+            with pytest.raises(CancelledError):
+                call.result(PATIENCE_SECONDS)
+    with pytest.raises(CancelledError):
+        loop.call(thread_name())
+
+
+def test_closing_ends_what_a_call_leaves_behind(loop: LoopThread) -> None:
+    started, left = threading.Event(), threading.Event()
+
+    async def leave_another() -> None:
+        try:
+            await forever(started)
+        finally:
+            behind.append(asyncio.create_task(forever(left)))
+
+    behind: list[asyncio.Task[None]] = []
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(loop.call, leave_another())
+        assert started.wait(PATIENCE_SECONDS), "the call did not start"
+        loop.close()
+        with pytest.raises(CancelledError):
+            call.result(PATIENCE_SECONDS)
+    assert behind[0].cancelled()
+
+
+def test_a_call_that_ends_as_the_loop_stops_has_its_answer(loop: LoopThread) -> None:
+    async def stop_and_answer() -> str:
+        with pytest.raises(RuntimeError, match="cannot join current thread"):
+            loop.close()
+        await asyncio.sleep(0)  # the next turn is the last one
+        return "answer"
+
+    assert loop.call(stop_and_answer(), PATIENCE_SECONDS) == "answer"
+    loop.close()
+
+
+def test_closing_again_is_nothing(loop: LoopThread) -> None:
+    loop.close()
+    loop.close()
+    assert loop.is_closed

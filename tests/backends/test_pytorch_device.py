@@ -17,13 +17,14 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from app.backends import pytorch_paths
-from app.backends.buckets import bucket_sizes, pad_batch
+from app.backends.buckets import pad_batch
 from app.backends.pytorch_buckets import Forward, HostDevice, TorchBuckets
 from app.backends.pytorch_compile import compile_network, what_keeps_from_compiling
 from app.backends.pytorch_cuda import WARM_UP_RUNS, CudaDevice
 from app.backends.pytorch_paths import TorchPath, choose_path, open_path
 from app.errors import StartupError
 from app.types import Batch
+from models.buckets import bucket_sizes
 from models.golden import golden_images
 from models.package import InputSpec
 from models.serving import ServedModel

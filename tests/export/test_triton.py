@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from export.triton import BUILD_PLAN, CONFIG, _batch_sizes, config_text, write_repository
+from export.triton import BUILD_PLAN, CONFIG, config_text, write_repository
 from models.package import PRETRAINED, Package, PackageError, open_package, sha256_file
+from models.tolerances import Precision
 from tests.required import require
 
 EMBEDDED = PRETRAINED / "caformer_digits"
@@ -35,6 +33,11 @@ def parse(text: str) -> Any:
     """Read a configuration as Triton does: unknown fields are errors."""
     message = require("tritonclient.grpc.model_config_pb2").ModelConfig()
     return require("google.protobuf.text_format").Parse(text, message)
+
+
+def in_precision(package: Package, precision: Precision) -> Package:
+    """Return the package as if its graph were of another precision."""
+    return Package(package.path, package.manifest.model_copy(update={"precision": precision}))
 
 
 def without_labels(package: Package) -> Package:
@@ -80,6 +83,20 @@ def test_device_becomes_the_kind_of_the_instances(
     config = parse(config_text(package, "m", 4, "onnxruntime", device))
     assert config.instance_group[0].kind == messages.ModelInstanceGroup.Kind.Value(kind)
     assert ("cudnn_conv_algo_search" in config.parameters) == (device != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "options"),
+    [("fp32", "gpu", "0"), ("fp32", "auto", "0"), ("fp16", "gpu", None), ("fp32", "cpu", None)],
+)
+def test_float32_is_not_rounded_to_tf32_on_a_gpu(
+    package: Package, precision: Precision, device: Any, options: str | None
+) -> None:
+    exported = in_precision(package, precision)
+    config = parse(config_text(exported, "m", 4, "onnxruntime", device))
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    said = {one.name: one.parameters["use_tf32"] for one in accelerators}
+    assert said == ({} if options is None else {"cuda": options})
 
 
 def test_a_misspelt_field_would_be_caught(package: Package) -> None:
@@ -178,6 +195,17 @@ def test_what_cannot_be_is_refused_in_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu", "auto"])
+def test_a_bf16_package_is_for_tensorrt_alone(
+    package: Package, tmp_path: Path, device: Any
+) -> None:
+    exported = in_precision(package, "bf16")
+    with pytest.raises(PackageError, match="onnxruntime does not run; choose --triton-platform te"):
+        write_repository(exported, tmp_path, device=device)
+    assert list(tmp_path.iterdir()) == []
+    write_repository(exported, tmp_path, platform="tensorrt")
+
+
 @pytest.mark.parametrize("module", ["tritonclient.grpc.model_config_pb2", "google.protobuf"])
 def test_without_the_client_the_extra_is_named(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
@@ -248,6 +276,17 @@ def test_the_script_builds_the_plan_with_one_profile(
     assert ("--stronglyTyped" in said) == strongly_typed
 
 
+@pytest.mark.parametrize(("precision", "is_exact"), [("fp32", True), ("bf16", False)])
+def test_the_script_forbids_tf32_where_the_graph_is_float32(
+    package: Package, tmp_path: Path, precision: Precision, is_exact: bool
+) -> None:
+    exported = in_precision(package, precision)
+    model = write_repository(exported, tmp_path / "r", platform="tensorrt")
+    done = run_build(model, tmp_path, '[ "$1" = --help ] && exit; echo "$@" > model.plan.new')
+    assert done.returncode == 0, done.stderr
+    assert ("--noTF32" in (model / "1" / "model.plan").read_text().split()) == is_exact
+
+
 @pytest.mark.parametrize("trtexec", [None, '[ "$1" = --help ] || exit 3'])
 def test_a_build_that_fails_leaves_no_plan(
     package: Package, tmp_path: Path, trtexec: str | None
@@ -259,11 +298,3 @@ def test_a_build_that_fails_leaves_no_plan(
     assert done.returncode == (2 if trtexec is None else 3)
     assert ("no trtexec here" in done.stderr) == (trtexec is None)
     assert not (model / "1" / "model.plan").exists()
-
-
-@given(st.integers(1, 300))
-def test_warmed_sizes_double_up_to_the_limit(limit: int) -> None:
-    sizes = _batch_sizes(limit)
-    assert sizes[0] == 1
-    assert sizes[-1] == limit
-    assert all(small < large <= 2 * small for small, large in itertools.pairwise(sizes))

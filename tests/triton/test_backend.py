@@ -21,7 +21,7 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc.aio import InferenceServerClient as AsyncClient
 
-from app.backends import triton_connection
+from app.backends import triton, triton_connection
 from app.backends.ort import OnnxRuntimeBackend
 from app.backends.triton import TritonBackend, _address
 from app.engine.loading import check_golden
@@ -297,8 +297,9 @@ def test_tritons_own_queue_knows_the_deadline(
         wait_until(waiting().exists, "the first batch waits at the gate")
         late = pool.submit(gated.run, images[:1], time.monotonic() + 0.3)
         wait_until(lambda: len(sent) == 2, "the second batch is on its way")
-        assert sent[1]["timeout"] == pytest.approx(0.3e6, rel=0.1), "microseconds"
-        assert sent[1]["client_timeout"] == pytest.approx(0.3, rel=0.1), "seconds"
+        # What is left of the deadline: less by as much as the way to here took.
+        assert 0 < sent[1]["client_timeout"] <= 0.3, "seconds"
+        assert sent[1]["timeout"] == math.ceil(sent[1]["client_timeout"] * 1e6), "microseconds"
         wait([late], timeout=1)
         gate().touch()
         with pytest.raises(DeadlineExceeded):
@@ -441,6 +442,32 @@ def test_a_lost_connection_to_a_server_that_lives_costs_no_answer(
         backend.close()
 
 
+def test_the_packages_files_are_read_at_the_start_and_never_again(
+    server: TritonServer, tmp_path: Path, images: Batch
+) -> None:
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "package"))
+    clear_gate()
+    with Relay(server.port) as relay, ThreadPoolExecutor(1) as pool:
+        backend = TritonBackend(open_package(folder), relay.url, GATED)
+        shutil.rmtree(folder)
+        running = pool.submit(backend.run, images)
+        wait_until(waiting().exists, "the batch waits at the gate")
+        relay.cut()
+        gate().touch()
+        assert len(running.result(PATIENCE_SECONDS).logits) == len(images)
+        backend.close()
+
+
+def test_a_package_without_golden_outputs_leaves_no_thread(
+    server: TritonServer, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "package"))
+    (folder / "golden.npz").write_bytes(b"")
+    with pytest.raises(PackageError, match="holds no golden outputs"):
+        TritonBackend(open_package(folder), server.url, MODEL)
+    assert "triton" not in {one.name for one in threading.enumerate()}
+
+
 def test_a_batch_whose_connection_is_cut_is_sent_once_more(
     server: TritonServer, package: Package, images: Batch
 ) -> None:
@@ -453,6 +480,59 @@ def test_a_batch_whose_connection_is_cut_is_sent_once_more(
         gate().touch()
         rows = running.result(PATIENCE_SECONDS)
         np.testing.assert_allclose(rows.logits, package.golden[0], atol=1e-4)
+        backend.close()
+
+
+def test_a_connection_that_died_in_silence_is_replaced_though_deadlines_are_short(
+    server: TritonServer, package: Package, images: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_connection, "ALIVE_SECONDS", 0.3)
+    assert triton_connection.SILENCE_SECONDS > 1, "no batch here waits for the check of long ones"
+    with Relay(server.port) as relay:
+        backend = TritonBackend(package, relay.url, MODEL)
+        expected = backend.run(images)
+        relay.swallow()
+
+        def is_answered() -> bool:
+            try:
+                return backend.run(images, time.monotonic() + 0.2).logits is not None
+            except (DeadlineExceeded, BackendUnavailable):
+                return False
+
+        assert not is_answered(), "the relay passes what it was to swallow"
+        wait_until(is_answered, "a new connection is in use", seconds=5)
+        assert backend.run(images).logits.tobytes() == expected.logits.tobytes()
+        backend.close()
+
+
+def test_a_check_for_life_takes_no_batch_beyond_its_deadline(
+    server: TritonServer, package: Package, images: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_connection, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(triton_connection, "ALIVE_SECONDS", PATIENCE_SECONDS)
+    with Relay(server.port) as relay:
+        backend = TritonBackend(package, relay.url, MODEL)
+        relay.swallow()
+        started_at = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            backend.run(images, started_at + 0.5)
+        assert time.monotonic() - started_at < PATIENCE_SECONDS / 3
+        backend.close()
+
+
+def test_a_batch_waits_for_no_probe_beyond_its_deadline(
+    server: TritonServer, package: Package, images: Batch
+) -> None:
+    clear_gate()
+    with Relay(server.port) as relay, ThreadPoolExecutor(1) as pool:
+        backend = TritonBackend(package, relay.url, GATED)
+        started_at = time.monotonic()
+        running = pool.submit(backend.run, images, started_at + 1)
+        wait_until(waiting().exists, "the batch waits at the gate")
+        relay.cut()  # the probe finds the server, but its golden image waits at the gate as well
+        assert isinstance(running.exception(PATIENCE_SECONDS), DeadlineExceeded)
+        assert time.monotonic() - started_at < triton.SAME_SECONDS / 2
+        gate().touch()
         backend.close()
 
 
@@ -538,6 +618,7 @@ class Relay:
         self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
+        self._swallowed: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._spawn(self._accept)
 
@@ -552,6 +633,10 @@ class Relay:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
+
+    def swallow(self) -> None:
+        """Drop what comes on the connections there are, and say nothing; new ones pass."""
+        self._swallowed.update(self._sockets)
 
     def __enter__(self) -> Relay:
         return self
@@ -577,7 +662,8 @@ class Relay:
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
-                target.sendall(data)
+                if source not in self._swallowed:
+                    target.sendall(data)
             target.shutdown(socket.SHUT_RDWR)
 
     def _spawn(self, work: Any) -> None:
