@@ -108,22 +108,27 @@ def _export_plan(
 def _export_repository(
     arguments: argparse.Namespace, given: Package | None, read_image: ReadImage
 ) -> None:
-    from export.triton import BUILD_PLAN, write_repository
+    from export.triton import BUILD_PLAN, Device, Platform, check_target, write_repository
 
-    root = arguments.out or Path("model_repository")
+    root, overwrite = arguments.out or Path("model_repository"), arguments.overwrite
+    platform: Platform = arguments.triton_platform or "onnxruntime"
+    device: Device = arguments.triton_device or "auto"
     with tempfile.TemporaryDirectory(prefix="metaserve.export.") as folder:
         new = Path(folder) / _plain_name(arguments)
+        precision: Precision = arguments.precision or "fp32"
+        if given is None:  # told before minutes of work
+            check_target(root, new.name, precision, platform, device, overwrite=overwrite)
         package = given or _export_package(arguments, new, read_image)
         model = write_repository(
             package,
             root,
             name=arguments.name,
             max_batch_size=arguments.max_batch_size or MAX_BATCH_SIZE,
-            platform=arguments.triton_platform or "onnxruntime",
-            device=arguments.triton_device or "auto",
-            overwrite=arguments.overwrite,
+            platform=platform,
+            device=device,
+            overwrite=overwrite,
         )
-    if arguments.triton_platform == "tensorrt":
+    if platform == "tensorrt":
         print(f"wrote {model}; run {model / '1' / BUILD_PLAN} where Triton will run, then", end=" ")
     else:
         print(f"wrote {model};", end=" ")

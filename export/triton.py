@@ -17,6 +17,7 @@ from typing import Any, Literal
 from export.staging import staged
 from models.buckets import bucket_sizes
 from models.package import LABELS, MANIFEST, MODEL, PLAN, Package, PackageError, check_name
+from models.tolerances import Precision
 
 Platform = Literal["onnxruntime", "tensorrt"]
 Device = Literal["cpu", "gpu", "auto"]
@@ -69,16 +70,10 @@ def write_repository(
             or tritonclient is missing.
     """
     name = name or package.manifest.name
-    check_name(name)
     if max_batch_size < 1:
         raise PackageError(f"a batch holds at least one image, not {max_batch_size}")
-    if (platform, device) == ("tensorrt", "cpu"):
-        raise PackageError("a TensorRT plan runs on a GPU; choose another device than cpu")
-    if platform == "onnxruntime" and package.manifest.precision == "bf16":
-        raise PackageError(
-            f"{package.manifest.name} is in bf16, which onnxruntime does not run; choose "
-            "--triton-platform tensorrt, or export it with --precision fp16"
-        )
+    precision = package.manifest.precision
+    check_target(root, name, precision, platform, device, overwrite=overwrite)
     if platform == "tensorrt" and PLAN in package.manifest.files:
         raise PackageError(
             f"{package.path} holds a {PLAN}, which may fit another TensorRT than Triton's; give "
@@ -87,11 +82,38 @@ def write_repository(
     _ = package.model_path  # refuses a package without the graph to run or build from
     package.check_files()
     config = config_text(package, name, max_batch_size, platform, device)
-    out = root.resolve() / name
-    _check_place(out, overwrite)
-    with staged(out) as folder:
+    with staged(root.resolve() / name) as folder:
         _fill(folder, package, config, max_batch_size, platform)
     return root / name
+
+
+def check_target(
+    root: Path,
+    name: str,
+    precision: Precision,
+    platform: Platform,
+    device: Device,
+    *,
+    overwrite: bool,
+) -> None:
+    """Refuse what cannot become a model of a repository, before a package is made for it.
+
+    Raises:
+        PackageError: the name is none, the place is taken, or the platform does not run it.
+    """
+    check_name(name)
+    if (platform, device) == ("tensorrt", "cpu"):
+        raise PackageError("a TensorRT plan runs on a GPU; choose another device than cpu")
+    if platform == "onnxruntime" and precision == "bf16":
+        raise PackageError(
+            f"{name} is in bf16, which onnxruntime does not run; choose "
+            "--triton-platform tensorrt, or export it with --precision fp16"
+        )
+    out = root.resolve() / name
+    if out.exists() and not overwrite:
+        raise PackageError(f"{out} exists already; choose another name or add --overwrite")
+    if out.exists() and not (out / CONFIG).is_file():
+        raise PackageError(f"{out} is no model of a Triton repository and stays")
 
 
 def config_text(
@@ -213,15 +235,6 @@ if "$trtexec" --help | grep -q stronglyTyped; then set -- --stronglyTyped "$@"; 
     --minShapes={shapes["min"]} --optShapes={shapes["opt"]} --maxShapes={shapes["max"]} "$@"
 mv {PLAN}.new {PLAN}
 """
-
-
-def _check_place(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not overwrite:
-        raise PackageError(f"{out} exists already; choose another name or add --overwrite")
-    if not (out / CONFIG).is_file():
-        raise PackageError(f"{out} is no model of a Triton repository and stays")
 
 
 def _fill(

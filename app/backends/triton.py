@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Literal
@@ -284,12 +285,13 @@ def _address(url: str) -> str:
     """
     try:
         parts = urlsplit(url if "://" in url else f"grpc://{url}")
-        host, port = parts.hostname, parts.port or DEFAULT_PORT
-    except ValueError:
-        host = None
-    if host is None or parts.scheme != "grpc" or parts.username or parts.path.strip("/"):
+        host, port = parts.hostname, DEFAULT_PORT if parts.port is None else parts.port
+    except ValueError:  # a bracket without its twin, a port that is no number
+        parts, host, port = urlsplit(""), None, DEFAULT_PORT
+    beyond = parts.username or parts.path.strip("/") or parts.query or parts.fragment
+    if parts.scheme != "grpc" or beyond or not host or not port or re.search(r"\s", url):
         raise StartupError(
             f"METASERVE_TRITON_URL={url.rpartition('@')[2]!r} is no gRPC address; write it like "
-            f"localhost:{DEFAULT_PORT}"
+            f"localhost:{DEFAULT_PORT} or [::1]:{DEFAULT_PORT}"
         )
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -136,6 +136,18 @@ def test_what_would_have_no_effect_is_refused_by_name(
     assert complaint in sentence
 
 
+def test_a_place_that_is_taken_is_told_before_anything_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(EMBEDDED, "--format", "triton", "--out", tmp_path) == 0
+    capsys.readouterr()
+    arguments = ("--checkpoint", tmp_path / "nowhere.pth", "--format", "triton")
+    assert run("caformer_digits", *arguments, "--out", tmp_path) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run("caformer_digits", *arguments, "--out", tmp_path, "--precision", "bf16") == 2
+    assert "is in bf16, which onnxruntime does not run" in capsys.readouterr().err
+
+
 def test_a_refused_repository_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

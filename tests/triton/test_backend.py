@@ -217,7 +217,21 @@ def test_a_listener_that_never_speaks_is_given_up_on(package: Package) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://triton:8000", "grpc://", "triton:port", "triton:8001/v2", "", "me:secret@triton:1"],
+    [
+        "http://triton:8000",
+        "grpc://",
+        "triton:port",
+        "triton:8001/v2",
+        "",
+        "me:secret@triton:1",
+        "triton:0",
+        "triton:1?x=y",
+        "triton:1#f",
+        "tri ton:1",
+        "triton\n:1",
+        "::1",
+        "[::1:8001",
+    ],
 )
 def test_what_is_no_address_is_told_without_secrets(package: Package, url: str) -> None:
     sentence = refusal(package, url)
