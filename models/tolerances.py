@@ -39,8 +39,8 @@ class Tolerance:
 
 # fp32: sums in another order differ by about 1e-5 on logits of size one to ten.
 # Halves: a few times the worst of seven networks with random weights, see docs/decisions/0004: fp16
-# 0.0083 standard deviations and 7e-6 in cosine distance, bf16 0.13 and 6e-4. A wrong graph is off by
-# about one. The absolute part is for logits that are all the same.
+# 0.0083 standard deviations and 7e-6 in cosine distance, bf16 0.13 and 6e-4. A wrong graph is off
+# by about one. The absolute part is for logits that are all the same.
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(logit=1e-4, relative_logit=0.0, cosine=1e-6),
     "fp16": Tolerance(logit=1e-4, relative_logit=0.04, cosine=5e-5),
