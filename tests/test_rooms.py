@@ -45,6 +45,7 @@ PLAN = {
     "app.server": {"app.errors", "app.http.protocol", "app.http.state"},
     "app.first_use": {
         "app.signals",
+        "models.cache",
         "models.package",
         "models.variants",
         "app.errors",

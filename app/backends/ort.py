@@ -34,8 +34,7 @@ class OnnxRuntimeBackend:
         threads: that one run may use on the CPU.
         max_batch_size: images a batch may hold on a GPU.
         cuda_graphs: whether the CUDA provider captures a CUDA graph for each size.
-        cache_dir: where the TensorRT provider keeps its engines; below the user's `.cache` when
-            None.
+        cache_dir: where the TensorRT provider keeps its engines; in the user's cache when None.
 
     Raises:
         StartupError: the library or the provider asked for is missing or does not start, or
