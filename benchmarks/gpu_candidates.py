@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from app.backends.base import threads_in_words
 from app.backends.buckets import bucket_for, pad_batch
 from app.errors import StartupError, first_line
 from app.types import Batch, Rows
@@ -174,7 +175,7 @@ def _onnxruntime(
                 logits, embedding = session.run(["logits", "embedding"], {"images": batch})
                 return Rows(logits, embedding)
 
-            return Opened(f"{words}, {threads} threads", run, None)
+            return Opened(f"{words}, {threads_in_words(threads)}", run, None)
         bound = BoundBuckets(
             ort,
             session,

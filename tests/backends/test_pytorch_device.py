@@ -73,6 +73,11 @@ class LazyDevice(HostDevice):
         self._queue.clear()
 
 
+class CpuInPlaceOfCuda(HostDevice):
+    def __init__(self, graphs: bool) -> None:
+        pass
+
+
 @pytest.fixture
 def device() -> LazyDevice:
     return LazyDevice()
@@ -322,6 +327,57 @@ def test_a_network_that_cannot_be_compiled_is_told_in_one_sentence(
         open_path(served(), TorchPath("cpu", "fp32", True, False), (1, 2), SIDE, WIDTHS)
 
 
+@pytest.mark.parametrize(
+    ("path", "said", "sentence"),
+    [
+        (
+            TorchPath("cpu", "fp32", compiled=True, cuda_graphs=True),
+            "no kernel",
+            "cpu (compiled): no kernel; set METASERVE_TORCH_COMPILE=off",
+        ),
+        (
+            TorchPath("cuda", "bf16", compiled=True, cuda_graphs=True),
+            "CUDA out of memory. Tried",
+            "cuda (compiled, CUDA graphs): CUDA out of memory. Tried; "
+            "lower METASERVE_MAX_BATCH_SIZE, or free memory there",
+        ),
+        (
+            TorchPath("cuda", "bf16", compiled=False, cuda_graphs=True),
+            "capture failed",
+            "cuda (eager, CUDA graphs): capture failed; set METASERVE_CUDA_GRAPHS=false",
+        ),
+        (
+            TorchPath("cuda", "bf16", compiled=False, cuda_graphs=False),
+            "CUDA error",
+            "cuda (eager, no CUDA graphs): CUDA error; "
+            "check the driver, or set METASERVE_DEVICE=cpu",
+        ),
+    ],
+)
+def test_what_does_not_start_says_on_which_path_and_what_may_help(
+    monkeypatch: pytest.MonkeyPatch, path: TorchPath, said: str, sentence: str
+) -> None:
+    class Failing(CpuInPlaceOfCuda):
+        def prepare(self, work: Callable[[], None]) -> Callable[[], None]:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(pytorch_paths, "CudaDevice", Failing)
+    monkeypatch.setattr(pytorch_paths, "HostDevice", lambda: Failing(graphs=False))
+    with pytest.raises(StartupError) as caught:
+        open_path(served(), path, (1, 2), SIDE, WIDTHS)
+    assert str(caught.value) == f"torch cannot prepare the network on {sentence}"
+
+
+def test_buffers_that_do_not_fit_are_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(CpuInPlaceOfCuda):
+        def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pytorch_paths, "CudaDevice", Full)
+    with pytest.raises(StartupError, match="out of memory; lower METASERVE_MAX_BATCH_SIZE"):
+        open_path(served(), TorchPath("cuda", "bf16", False, True), (1, 2), SIDE, WIDTHS)
+
+
 # --- which path
 
 
@@ -360,7 +416,7 @@ def test_without_a_compiler_auto_says_why_and_on_is_refused(
     assert path.words(1) == "eager (no compiler), CUDA graphs"
     with pytest.raises(StartupError, match="METASERVE_TORCH_COMPILE=on cannot be met: no compiler"):
         choose_path(True, "auto", "on", True)
-    assert choose_path(False, "auto", "auto", True).words(1) == "eager, 1 threads"
+    assert choose_path(False, "auto", "auto", True).words(1) == "eager, 1 thread"
 
 
 def test_a_compiler_is_looked_for_where_the_system_has_it(
@@ -476,10 +532,6 @@ def test_copies_are_queued_on_the_stream_and_do_not_wait(
 def test_float32_on_a_gpu_is_not_rounded_to_tf32(
     monkeypatch: pytest.MonkeyPatch, images: Batch, precision: Any
 ) -> None:
-    class CpuInPlaceOfCuda(HostDevice):
-        def __init__(self, graphs: bool) -> None:
-            pass
-
     monkeypatch.setattr(pytorch_paths, "CudaDevice", CpuInPlaceOfCuda)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     path = TorchPath("cuda", precision, False, True)
