@@ -252,15 +252,15 @@ def test_a_shape_beyond_the_limit_raises_and_never_runs_uncompiled(
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_the_network_is_compiled_whole_once_for_each_size(images: Batch) -> None:
     compiler, model = CountingCompiler(), served()
-    run = TorchBuckets(compile_network(model, compiler), HostDevice(), SIZES, SIDE, WIDTHS).run
+    run = TorchBuckets(compile_network(model, compiler), HostDevice(), (1, 3), SIDE, WIDTHS).run
     for _ in range(2):
-        for count in range(1, 7):
+        for count in (1, 2, 3):
             rows = run(images[:count])
             with torch.inference_mode():
                 logits, _ = model(torch.from_numpy(images[:count]))
             np.testing.assert_allclose(rows.logits, logits.numpy(), rtol=0, atol=1e-5)
-    assert compiler.compiled == len(SIZES)
-    assert compiler.runs == 12 + len(SIZES), "a prepared size has run once before"
+    assert compiler.compiled == 2
+    assert compiler.runs == 6 + 2, "a prepared size has run once before"
 
 
 class SmallestNetwork(torch.nn.Module):
@@ -284,7 +284,11 @@ def test_inductor_compiles_on_the_cpu_and_answers_the_same(
     missing = what_keeps_from_compiling("cpu")
     if missing:
         pytest.skip(missing)
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # else it leaves workers
+    config = torch._inductor.config
+    monkeypatch.setattr(config, "compile_threads", 1)  # else it leaves workers
+    # Trying out vector units and compiling headers for later take most of the time.
+    monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
+    monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = SmallestNetwork().eval()
     widths = 2, SIDE * SIDE * 3
