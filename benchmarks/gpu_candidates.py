@@ -209,15 +209,15 @@ def _tensorrt(precision: Precision) -> Callable[[Subject, Sizes, Path], Opened]:
 def _open_plan(
     trt: Any, subject: Subject, precision: Precision, sizes: Sizes, folder: Path
 ) -> Opened:
+    from app.backends.pytorch_cuda import EngineCuda
     from app.backends.tensorrt_runtime import LoadedPlan
-    from app.backends.torch_cuda import TorchCuda
     from export.tensorrt import Profile, build_plan
 
     side, (classes, dim) = subject.input_size, subject.widths
     profile = Profile(max_batch_size=sizes[-1], opt_batch_size=sizes[-1])
     graph = _graph(subject, precision, folder)
     plan = build_plan(graph, trt=trt, input_size=side, profile=profile, precision=precision)
-    cuda = TorchCuda()
+    cuda = EngineCuda()
     loaded = LoadedPlan(trt, cuda, plan, input_size=side, classes=classes, embedding_dim=dim)
     prepared = loaded.prepare(sizes)
     lock = threading.Lock()

@@ -106,9 +106,9 @@ def open_tensorrt(
     plan = _fitting_plan(package, gpu)
     trt = _import_library(plan)
     try:
-        from app.backends.torch_cuda import TorchCuda
+        from app.backends.pytorch_cuda import EngineCuda
 
-        cuda = TorchCuda()
+        cuda = EngineCuda()
     except ImportError as error:
         raise StartupError(
             "the tensorrt backend keeps its buffers in torch; install metaserve[tensorrt]"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +19,11 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from app.backends import pytorch_compile, pytorch_paths
+from app.backends import tensorrt_runtime as protocol
 from app.backends.buckets import pad_batch
 from app.backends.pytorch_buckets import Forward, HostDevice, TorchBuckets
 from app.backends.pytorch_compile import compile_network, what_keeps_from_compiling
-from app.backends.pytorch_cuda import WARM_UP_RUNS, CudaDevice
+from app.backends.pytorch_cuda import WARM_UP_RUNS, CudaDevice, EngineCuda
 from app.backends.pytorch_paths import TorchPath, choose_path, open_path
 from app.errors import StartupError
 from app.types import Batch
@@ -447,6 +450,8 @@ class Cuda:
         cuda = self
 
         class Stream:
+            cuda_stream = 7001
+
             def __init__(self, name: str) -> None:
                 self.name = name
 
@@ -464,6 +469,22 @@ class Cuda:
 
     def note(self, what: str) -> None:
         self.calls.append(f"{what} on {self._streams[-1] if self._streams else 'no stream'}")
+
+    def init(self) -> None:
+        self.calls.append("init")
+
+    def set_device(self, index: int) -> None:
+        self.calls.append(f"device {index}")
+
+    def zeros(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        pin_memory: bool = False,
+    ) -> Tensor:
+        self.note("pinned zeros" if pin_memory else f"zeros of {device}")
+        return torch.full(shape, 0, dtype=dtype)
 
     def default_stream(self, device: str) -> str:
         return "the default stream"
@@ -490,8 +511,12 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     double = Cuda()
-    for name in ("Stream", "CUDAGraph", "default_stream", "graph_pool_handle", "stream", "graph"):
+    for name in (
+        *("Stream", "CUDAGraph", "default_stream", "graph_pool_handle", "stream", "graph"),
+        *("init", "set_device"),
+    ):
         monkeypatch.setattr(torch.cuda, name, getattr(double, name))
+    monkeypatch.setattr(torch, "zeros", double.zeros)
     return double
 
 
@@ -530,6 +555,64 @@ def test_copies_are_queued_on_the_stream_and_do_not_wait(
     source: Any = "pixels"
     CudaDevice(graphs=True).copy(target, source)
     assert cuda.calls == ["copy pixels, queued on cuda:0"]
+
+
+def test_buffers_are_cleared_on_the_stream_that_uses_them(cuda: Cuda) -> None:
+    device = CudaDevice(graphs=True)
+    device.buffer((2,), torch.uint8)
+    device.host_buffer((2,), torch.uint8)
+    assert cuda.calls == ["zeros of cuda:0 on cuda:0", "pinned zeros on no stream"]
+
+
+def test_an_engine_gets_the_same_stream_capture_and_wait(cuda: Cuda) -> None:
+    ours: protocol.Cuda = EngineCuda()
+    assert cuda.calls == ["init", "device 0"], "a CPU build of torch is told in words first"
+    assert (ours.device, ours.stream) == ("cuda:0", 7001)
+    cuda.calls.clear()
+    replay = ours.capture(lambda: cuda.note("work"))
+    replay()
+    ours.synchronize()
+    assert cuda.calls == [
+        *("capture into pool, thread_local", "work on cuda:0", "captured"),
+        *("replay on cuda:0", "synchronize cuda:0"),
+    ]
+
+
+def test_an_engines_buffer_is_read_and_written_at_its_address(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
+        cuda.note("copy queued" if non_blocking else "copy awaited")
+        return real_copy(target, source)
+
+    real_copy = Tensor.copy_
+    buffer: protocol.Buffer = EngineCuda().buffer((2, 3), np.float32)
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    cuda.calls.clear()
+    memory = (ctypes.c_char * 24).from_address(buffer.address)
+    device = np.frombuffer(memoryview(memory), np.float32)
+    buffer.host[:] = [[1, 2, 3], [4, 5, 6]]
+    assert not device.any(), "nothing is there before it is uploaded"
+    buffer.upload()
+    assert device.tolist() == [1, 2, 3, 4, 5, 6]
+    device[:] = 7
+    buffer.download()
+    assert (buffer.host == 7).all()
+    assert cuda.calls == ["copy queued on cuda:0"] * 2
+
+
+def test_an_engines_scratch_memory_is_the_devices_and_is_let_go_after_a_wait(cuda: Cuda) -> None:
+    ours = EngineCuda()
+    cuda.calls.clear()
+    address = ours.scratch(16)
+    ctypes.memset(address, 1, 16)
+    (held,) = ours._scratch
+    assert (held.data_ptr(), int(held.sum())) == (address, 16)
+    kept = weakref.ref(held)
+    del held
+    ours.close()
+    assert kept() is None
+    assert cuda.calls == ["zeros of cuda:0 on cuda:0", "synchronize cuda:0"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

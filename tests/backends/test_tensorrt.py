@@ -203,8 +203,8 @@ def test_an_engine_that_fits_is_served(
     with_gpu: FakeCuda,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = require("app.backends.torch_cuda")
-    monkeypatch.setattr(module, "TorchCuda", lambda: with_gpu)
+    module = require("app.backends.pytorch_cuda")
+    monkeypatch.setattr(module, "EngineCuda", lambda: with_gpu)
     backend = start(with_plan(package, tmp_path), max_batch_size=4)
     assert isinstance(backend, TensorRTBackend)
     assert backend.info.device == "cuda:0"
@@ -252,8 +252,8 @@ def test_an_engine_without_its_graph_beside_it_is_taken_at_its_word(
     planned = with_plan(package, tmp_path)
     files = {name: sha for name, sha in planned.manifest.files.items() if name != MODEL}
     bare = Package(tmp_path, planned.manifest.model_copy(update={"files": files}))
-    module = require("app.backends.torch_cuda")
-    monkeypatch.setattr(module, "TorchCuda", lambda: with_gpu)
+    module = require("app.backends.pytorch_cuda")
+    monkeypatch.setattr(module, "EngineCuda", lambda: with_gpu)
     assert start(bare).info.name == "tensorrt"
 
 
@@ -279,7 +279,7 @@ def test_the_library_that_built_the_engine_is_named_where_it_is_missing(
 def test_without_torch_the_extra_is_named(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "app.backends.torch_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "app.backends.pytorch_cuda", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "install metaserve[tensorrt]" in refusal(with_plan(package, tmp_path))
 
@@ -354,9 +354,3 @@ def test_the_real_library_has_every_name_that_the_backend_uses() -> None:
     assert trt.DataType.UINT8.name == "UINT8"
     assert trt.DataType.FLOAT.name == "FLOAT"
     assert trt.ILogger.ERROR.value == 1
-
-
-def test_torch_has_every_name_that_the_gpu_half_uses() -> None:
-    cuda = require("torch").cuda
-    for name in ("set_device", "Stream", "stream", "synchronize", "CUDAGraph", "graph"):
-        assert hasattr(cuda, name)
