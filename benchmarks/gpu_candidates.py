@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from app.backends.base import threads_in_words
-from app.backends.buckets import bucket_for, pad_batch
 from app.errors import StartupError, first_line
 from app.types import Batch, Rows
 from benchmarks.gpu_models import Subject
@@ -210,6 +206,7 @@ def _open_plan(
     trt: Any, subject: Subject, precision: Precision, sizes: Sizes, folder: Path
 ) -> Opened:
     from app.backends.pytorch_cuda import EngineCuda
+    from app.backends.tensorrt_buckets import PlanBuckets
     from app.backends.tensorrt_runtime import LoadedPlan
     from export.tensorrt import Profile, build_plan
 
@@ -219,19 +216,9 @@ def _open_plan(
     plan = build_plan(graph, trt=trt, input_size=side, profile=profile, precision=precision)
     cuda = EngineCuda()
     loaded = LoadedPlan(trt, cuda, plan, input_size=side, classes=classes, embedding_dim=dim)
-    prepared = loaded.prepare(sizes)
-    lock = threading.Lock()
-
-    def run(batch: Batch) -> Rows:
-        size = bucket_for(len(batch), sizes)
-        with lock:
-            one = prepared[size]
-            np.copyto(one.images.host, pad_batch(batch, size))
-            one.run(cuda)
-            count = len(batch)
-            return Rows(one.logits.host[:count].copy(), one.embedding.host[:count].copy())
-
-    return Opened(f"tensorrt {trt.__version__}, CUDA graphs", run, None)
+    buckets = PlanBuckets(loaded, cuda, sizes)
+    words = f"tensorrt {trt.__version__}, CUDA graphs"
+    return Opened(words, buckets.run, buckets.replay, buckets.close)
 
 
 def _graph(subject: Subject, precision: Precision, folder: Path) -> Path:

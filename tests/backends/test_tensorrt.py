@@ -15,6 +15,8 @@ from app.backends.base import Backend
 from app.backends.fake import FakeBackend
 from app.backends.select import select_backend
 from app.backends.tensorrt import TensorRTBackend
+from app.backends.tensorrt_buckets import PlanBuckets
+from app.backends.tensorrt_runtime import LoadedPlan
 from app.errors import StartupError
 from app.settings import Settings
 from app.types import Batch
@@ -132,6 +134,28 @@ def test_every_run_replays_a_graph_with_the_engine_in_it(package: Package, image
     for size in (1, 3, 8):
         backend.run(images[:size])
     assert cuda.replays == [1, 1, 1]
+
+
+def test_a_replay_runs_the_graph_alone_as_often_as_asked(package: Package, images: Batch) -> None:
+    cuda = FakeCuda()
+    manifest = package.manifest
+    plan = LoadedPlan(
+        FakeTensorRT(cuda),
+        cuda,
+        fake_plan(package),
+        input_size=manifest.input.size,
+        classes=manifest.classes,
+        embedding_dim=manifest.embedding_dim,
+    )
+    buckets = PlanBuckets(plan, cuda, (1, 4))
+    expected = buckets.run(images[:3])
+    cuda.replays.clear()
+    buckets.replay(4, times=3)
+    assert cuda.replays == [1, 1, 1]
+    assert cuda.is_idle, "it waits"
+    assert buckets.run(images[:3]).logits.tobytes() == expected.logits.tobytes()
+    buckets.close()
+    assert cuda.closed
 
 
 def test_closing_gives_the_device_back(package: Package) -> None:

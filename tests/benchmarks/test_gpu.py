@@ -12,13 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+import export.tensorrt
+from app.backends import pytorch_cuda
+from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
 from benchmarks import gpu
 from benchmarks.gpu_candidates import Candidate, Missing, Opened, Sizes, candidates, in_order
 from benchmarks.gpu_ceilings import Ceilings, measure_ceilings
 from benchmarks.gpu_models import Subject, build_subject, count_cost
 from benchmarks.gpu_report import Report, Row
+from models.golden import golden_images
+from models.package import find_package, open_package
 from models.variants import find_variant
+from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT, fake_plan
 
 ROOT = Path(__file__).parents[2]
 # Dependencies of the service that a machine which only measures need not have.
@@ -211,6 +217,31 @@ def test_every_backend_is_tried_on_a_gpu_and_the_cpu_in_small_batches() -> None:
     assert all(one.largest == 8 for one in found if "cpu" in one.name)
     assert all(one.one_by_one == (one.name == "torch cuda compiled") for one in found)
     assert {one.precision for one in found if one.name == "torch cuda compiled"} == {"bf16", "fp16"}
+
+
+def test_tensorrt_is_measured_through_the_parts_that_serve_and_let_go(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, tmp_path: Path
+) -> None:
+    cuda = FakeCuda()
+    library = FakeTensorRT(cuda)
+    (tmp_path / "caformer_digits_fp16.onnx").touch()  # the graph is there, and nobody reads it
+    logits = ("FLOAT", [-1, subject.widths[0]])
+    plan = fake_plan(open_package(find_package("caformer_digits")), 2, logits=logits)
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(export.tensorrt, "build_plan", lambda *arguments, **settings: plan)
+    monkeypatch.setattr(pytorch_cuda, "EngineCuda", lambda: cuda)
+    (tensorrt,) = [one for one in candidates("cuda", 1, None) if one.name == "tensorrt"]
+    opened = tensorrt.open(subject, (1, 2), tmp_path)
+    images = golden_images(subject.input_size, 2)
+    expected = FakeBackend(subject.input_size, *subject.widths).run(images)
+    np.testing.assert_array_equal(opened.run(images).logits, expected.logits)
+    cuda.replays.clear()
+    assert opened.replay is not None
+    opened.replay(2, 3)
+    assert cuda.replays == [1, 1, 1]
+    opened.close()
+    assert cuda.closed
 
 
 # --- arithmetic
