@@ -13,10 +13,9 @@ import pytest
 from app.backends.base import Backend
 from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
-from export.verify import cosine_distance
 from models.golden import golden_images
 from models.package import Package, find_package, open_package
-from models.tolerances import TOLERANCES
+from models.tolerances import TOLERANCES, cosine_distance
 from tests.backends.fake_tensorrt import open_fake_tensorrt
 from tests.required import require
 
