@@ -21,7 +21,8 @@ from pathlib import Path
 from app.errors import StartupError
 from app.settings import Settings
 from app.signals import ending_by_exception
-from models.package import MANIFEST, PackageNotFound, find_package, user_cache
+from models.cache import user_cache
+from models.package import MANIFEST, PackageNotFound, find_package
 from models.variants import find_variant
 
 # From SIGTERM to SIGKILL: time for the child to remove what it had half downloaded.
@@ -93,7 +94,7 @@ def _is_published(variant: str) -> bool:
 
 
 def _store(settings: Settings) -> Path:
-    store = settings.model_store or user_cache()
+    store = settings.model_store or user_cache("models")
     if store is None:
         raise StartupError(
             f"there is no home directory to export {settings.model} into; set METASERVE_MODEL_STORE"

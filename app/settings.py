@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     ort_cache_dir: Path | None = Field(
         None,
         description="Where the TensorRT provider of onnxruntime keeps its engines; "
-        "~/.cache/metaserve/onnxruntime when unset.",
+        "metaserve/onnxruntime in the user's cache (XDG_CACHE_HOME, ~/.cache) when unset.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(

@@ -28,7 +28,7 @@ from benchmarks.gpu_models import IMAGES, Subject, build_subject
 from benchmarks.gpu_report import Check, Report, Row, describe_machine
 from models.buckets import bucket_sizes
 from models.golden import golden_images
-from models.tolerances import TOLERANCES
+from models.tolerances import TOLERANCES, cosine_distance
 
 ROUNDS = 5
 SECONDS_A_ROUND = 0.2
@@ -108,10 +108,8 @@ def _check(candidate: Candidate, opened: Opened, subject: Subject, largest: int)
     images = golden_images(subject.input_size, IMAGES)
     rows = [opened.run(images[n : n + largest]) for n in range(0, IMAGES, largest)]
     logits = np.concatenate([one.logits for one in rows])
-    embedding = np.concatenate([one.embedding for one in rows]).astype(np.float64)
+    embedding = np.concatenate([one.embedding for one in rows])
     tolerance = TOLERANCES[candidate.precision]
-    norms = np.linalg.norm(embedding, axis=1) * np.linalg.norm(subject.embedding, axis=1)
-    distance = 1 - (embedding * subject.embedding).sum(1) / norms
     return Check(
         subject.variant,
         candidate.name,
@@ -119,7 +117,7 @@ def _check(candidate: Candidate, opened: Opened, subject: Subject, largest: int)
         opened.words,
         difference=float(np.abs(logits - subject.logits).max()),
         allowed=tolerance.allowed(subject.logits),
-        cosine_distance=float(distance.max()),
+        cosine_distance=float(cosine_distance(embedding, subject.embedding).max()),
         allowed_cosine_distance=tolerance.cosine,
         top1=float((logits.argmax(1) == subject.logits.argmax(1)).mean()),
     )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from app.backends.buckets import bucket_for, pad_batch
+from app.backends.base import threads_in_words
 from app.errors import StartupError, first_line
 from app.types import Batch, Rows
 from benchmarks.gpu_models import Subject
@@ -174,7 +171,7 @@ def _onnxruntime(
                 logits, embedding = session.run(["logits", "embedding"], {"images": batch})
                 return Rows(logits, embedding)
 
-            return Opened(f"{words}, {threads} threads", run, None)
+            return Opened(f"{words}, {threads_in_words(threads)}", run, None)
         bound = BoundBuckets(
             ort,
             session,
@@ -208,29 +205,20 @@ def _tensorrt(precision: Precision) -> Callable[[Subject, Sizes, Path], Opened]:
 def _open_plan(
     trt: Any, subject: Subject, precision: Precision, sizes: Sizes, folder: Path
 ) -> Opened:
+    from app.backends.pytorch_cuda import EngineCuda
+    from app.backends.tensorrt_buckets import PlanBuckets
     from app.backends.tensorrt_runtime import LoadedPlan
-    from app.backends.torch_cuda import TorchCuda
     from export.tensorrt import Profile, build_plan
 
     side, (classes, dim) = subject.input_size, subject.widths
     profile = Profile(max_batch_size=sizes[-1], opt_batch_size=sizes[-1])
     graph = _graph(subject, precision, folder)
     plan = build_plan(graph, trt=trt, input_size=side, profile=profile, precision=precision)
-    cuda = TorchCuda()
+    cuda = EngineCuda()
     loaded = LoadedPlan(trt, cuda, plan, input_size=side, classes=classes, embedding_dim=dim)
-    prepared = loaded.prepare(sizes)
-    lock = threading.Lock()
-
-    def run(batch: Batch) -> Rows:
-        size = bucket_for(len(batch), sizes)
-        with lock:
-            one = prepared[size]
-            np.copyto(one.images.host, pad_batch(batch, size))
-            one.run(cuda)
-            count = len(batch)
-            return Rows(one.logits.host[:count].copy(), one.embedding.host[:count].copy())
-
-    return Opened(f"tensorrt {trt.__version__}, CUDA graphs", run, None)
+    buckets = PlanBuckets(loaded, cuda, sizes)
+    words = f"tensorrt {trt.__version__}, CUDA graphs"
+    return Opened(words, buckets.run, buckets.replay, buckets.close)
 
 
 def _graph(subject: Subject, precision: Precision, folder: Path) -> Path:

@@ -19,7 +19,7 @@ from models.metaformer import MetaFormer
 from models.precision import cast_network
 from models.serving import ServedModel
 from models.tolerances import Precision
-from models.variants import find_variant
+from models.variants import Architecture, find_variant
 
 IMAGES = 5
 """Golden images that every backend is checked on."""
@@ -92,9 +92,8 @@ def build_subject(variant: str, seed: int) -> Subject:
     size = architecture.input_size
     model = _served(network)
     with torch.inference_mode():
-        images = torch.from_numpy(golden_images(size, IMAGES))
-        logits, embedding = model(images)
-        flops, elements = _cost(model, images[:1])
+        logits, embedding = model(torch.from_numpy(golden_images(size, IMAGES)))
+    flops, elements = count_cost(architecture, classes)
     return Subject(
         variant,
         size,
@@ -114,20 +113,26 @@ def _served(network: nn.Module) -> ServedModel:
     return ServedModel(network, spec).eval()
 
 
-def _cost(model: nn.Module, image: Tensor) -> tuple[int, int]:
-    """Return floating-point operations, and elements in and out of the heavy layers."""
-    elements = 0
+def count_cost(architecture: Architecture, classes: int) -> tuple[int, int]:
+    """Count what one image costs, on a device without memory.
+
+    Returns:
+        Floating-point operations, and elements in and out of the heavy layers.
+    """
+    elements, size = 0, architecture.input_size
 
     def count(module: nn.Module, given: tuple[Tensor, ...], answered: Tensor) -> None:
         nonlocal elements
         elements += given[0].numel() + answered.numel()
 
-    heavy = [part for part in model.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    hooks = [part.register_forward_hook(count) for part in heavy]
-    with FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
+        model = _served(MetaFormer(architecture, classes))
+        image = torch.zeros(1, size, size, 3, dtype=torch.uint8)
+    for part in model.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.register_forward_hook(count)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(image)
-    for hook in hooks:
-        hook.remove()
     return counter.get_total_flops(), elements
 
 

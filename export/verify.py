@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.seams import Answers, Array, Run
+from export.seams import Answers, Run
 from models.build import load_served_model
 from models.golden import golden_images
 from models.package import WEIGHTS, Package, Verification
 from models.serving import ServedModel
-from models.tolerances import TOLERANCES, Precision
+from models.tolerances import TOLERANCES, Precision, cosine_distance
 
 BATCH_SIZES = (1, 2, 5)
 IMAGES = max(BATCH_SIZES)
@@ -125,14 +125,6 @@ def judge(verification: Verification, precision: Precision) -> None:
             f"{verification.runtime} does not compute the network in {precision}: "
             + "; ".join(faults)
         )
-
-
-def cosine_distance(left: Array, right: Array) -> NDArray[np.float64]:
-    """Return 1 - cosine similarity of the rows of two (N, D) arrays, in float64."""
-    a, b = left.astype(np.float64), right.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    distance: NDArray[np.float64] = 1 - (a * b).sum(1) / norms.clip(1e-300)
-    return distance
 
 
 def _in_batches(run: Run, images: NDArray[np.uint8], size: int) -> Answers:

@@ -13,7 +13,6 @@ caformer_digits/
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from models.cache import user_cache
 from models.tolerances import Precision
 from models.variants import (
     Activation,
@@ -394,16 +394,6 @@ def open_package(path: Path) -> Package:
     return Package(path, manifest)
 
 
-def user_cache() -> Path | None:
-    """Return where packages are kept that were exported on first use; None without a home."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        cache = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
-    except RuntimeError:  # no HOME, and a user without an entry, as containers have
-        return None
-    return cache / "metaserve/models"
-
-
 def find_package(model: str, store: Path | None = None) -> Path:
     """Resolve what `METASERVE_MODEL` says.
 
@@ -413,7 +403,7 @@ def find_package(model: str, store: Path | None = None) -> Path:
         PackageNotFound: nothing of that name; the sentence lists what there is.
         PackageError: the place cannot be read.
     """
-    roots = [root for root in (store, PRETRAINED, user_cache()) if root is not None]
+    roots = [root for root in (store, PRETRAINED, user_cache("models")) if root is not None]
     candidates = [Path(model)] if "/" in model or model.startswith(".") else []
     if not candidates:
         candidates = [*(root / model for root in roots), Path(model)]

@@ -52,3 +52,11 @@ TOLERANCES: dict[Precision, Tolerance] = {
 # coarsely than sums differ.
 ELSEWHERE: dict[Precision, float] = {"fp32": 10, "fp16": 2, "bf16": 2}
 """By how much a tolerance widens on another machine than the one of the export."""
+
+
+def cosine_distance(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return 1 - cosine similarity of the rows of two (N, D) arrays, in float64."""
+    a, b = left.astype(np.float64), right.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    distance: NDArray[np.float64] = 1 - (a * b).sum(1) / norms.clip(1e-300)
+    return distance

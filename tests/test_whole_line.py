@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from app.cli import main
-from export.verify import cosine_distance
+from models.tolerances import cosine_distance
 from tests.images.files import photographs
 from tests.reference import randomise, timm_model, timm_transform
 from tests.servers import ServiceProcess, service_process

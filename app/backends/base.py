@@ -40,6 +40,11 @@ class BackendInfo:
     runs_package: bool = True
 
 
+def threads_in_words(threads: int) -> str:
+    """Say how many threads a runtime may use."""
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 class Backend(Protocol):
     """Runs the network; called from the threads of `EngineCore` only."""
 

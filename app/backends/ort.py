@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
-from app.backends.base import BackendInfo
+from app.backends.base import BackendInfo, threads_in_words
 from app.backends.ort_device import BoundBuckets
 from app.backends.ort_session import CPU, CUDA, TENSORRT, SessionPlan, open_session
 from app.errors import StartupError
@@ -34,8 +34,7 @@ class OnnxRuntimeBackend:
         threads: that one run may use on the CPU.
         max_batch_size: images a batch may hold on a GPU.
         cuda_graphs: whether the CUDA provider captures a CUDA graph for each size.
-        cache_dir: where the TensorRT provider keeps its engines; below the user's `.cache` when
-            None.
+        cache_dir: where the TensorRT provider keeps its engines; in the user's cache when None.
 
     Raises:
         StartupError: the library or the provider asked for is missing or does not start, or
@@ -82,7 +81,7 @@ class OnnxRuntimeBackend:
         widths = manifest.classes, manifest.embedding_dim
         self._session: Any = session
         self._bound: BoundBuckets | None = None
-        path = f"{threads} threads"
+        path = threads_in_words(threads)
         if chosen != CPU:
             graphs = plan.cuda_graphs
             self._bound = BoundBuckets(

@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from app.errors import StartupError, first_line
+from models.cache import user_cache
 
-log = logging.getLogger("metaserve.backend")
+log = logging.getLogger("metaserve.backends")
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -32,8 +33,8 @@ class SessionPlan:
         exact_float32: the graph computes in float32 and nothing may be rounded to TF32.
         cuda_graphs: capture a CUDA graph for each size; the CUDA provider only.
         graph_hash: SHA-256 of the file.
-        cache_dir: where the TensorRT provider keeps its engines and timings; below the user's
-            `.cache` when None.
+        cache_dir: where the TensorRT provider keeps its engines and timings; in the user's
+            cache when None.
     """
 
     path: Path
@@ -123,11 +124,13 @@ def gpu_providers(plan: SessionPlan) -> list[tuple[str, dict[str, str]]]:
 
 def _cache_folder(plan: SessionPlan) -> Path:
     """Return a folder of this graph's own: an engine fits no other."""
+    root = plan.cache_dir or user_cache("onnxruntime")
     try:
-        root = plan.cache_dir or Path.home() / ".cache" / "metaserve" / "onnxruntime"
+        if root is None:
+            raise FileNotFoundError("there is no home directory")
         folder = root / plan.graph_hash[:16]
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # a user without a home is a RuntimeError
+    except OSError as error:
         raise StartupError(
             f"the TensorRT provider finds no place for its engines ({error}); set "
             "METASERVE_ORT_CACHE_DIR to a folder that can be written"

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from app.backends.pytorch_buckets import Forward
 
@@ -44,10 +44,13 @@ def compile_network(
 
     A shape that cannot be compiled whole raises; nothing runs uncompiled in silence.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, RECOMPILE_LIMIT)
     compiled: Forward = torch.compile(
         model, dynamic=False, fullgraph=True, backend=backend, mode=mode
     )
-    return compiled
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # Dynamo's settings belong to the thread that sets them; a size may be compiled in any.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(pixels)
+
+    return forward

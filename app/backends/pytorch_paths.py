@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from app.backends.base import threads_in_words
 from app.backends.pytorch_buckets import Device, HostDevice, TorchBuckets
 from app.backends.pytorch_compile import MODES, compile_network, what_keeps_from_compiling
 from app.backends.pytorch_cuda import CudaDevice
@@ -41,14 +42,24 @@ class TorchPath:
         """Whether batches are padded to sizes prepared in advance."""
         return self.compiled or self.device == "cuda"
 
-    def words(self, threads: int) -> str:
-        """Say which path it is."""
+    @property
+    def captures(self) -> bool:
+        """Whether each size is captured in a CUDA graph."""
+        return self.device == "cuda" and self.cuda_graphs
+
+    @property
+    def how(self) -> str:
+        """Which path it is, in words."""
         how = "compiled" if self.compiled else "eager"
         if self.note:
             how += f" ({self.note})"
-        if self.device == "cpu":
-            return f"{how}, {threads} threads"
-        return f"{how}, {'CUDA graphs' if self.cuda_graphs else 'no CUDA graphs'}"
+        if self.device == "cuda":
+            how += ", CUDA graphs" if self.captures else ", no CUDA graphs"
+        return how
+
+    def words(self, threads: int) -> str:
+        """Say which path it is, and with how many threads where they do the work."""
+        return self.how if self.device == "cuda" else f"{self.how}, {threads_in_words(threads)}"
 
 
 def choose_path(
@@ -94,11 +105,28 @@ def open_path(
         mode: of torch.compile; the device's own when None.
 
     Raises:
-        StartupError: the network cannot be compiled or captured here.
+        StartupError: the network does not fit, or cannot be compiled or captured here.
     """
     model.network = cast_network(model.network, path.precision)
     if not path.prepares_sizes:
         return EagerNetwork(model)
+    try:
+        return _open_buckets(model, path, sizes, input_size, widths, mode)
+    except Exception as error:  # compilers, drivers and torch raise what they like
+        raise StartupError(
+            f"torch cannot prepare the network on {path.device} ({path.how}): "
+            f"{_what_was_said(error)}; {_what_may_help(path, error)}"
+        ) from error
+
+
+def _open_buckets(
+    model: ServedModel,
+    path: TorchPath,
+    sizes: tuple[int, ...],
+    input_size: int,
+    widths: tuple[int, int],
+    mode: str | None,
+) -> TorchBuckets:
     device: Device = HostDevice()
     if path.device == "cuda":
         if path.precision == "fp32":
@@ -110,14 +138,7 @@ def open_path(
         compile_network(model, mode=mode or MODES[path.device]) if path.compiled else model.forward
     )
     buckets = TorchBuckets(forward, device, sizes, input_size, widths)
-    try:
-        buckets.prepare(sizes[0])
-    except Exception as error:  # compilers, drivers and torch raise what they like
-        way = "METASERVE_TORCH_COMPILE=off" if path.compiled else "METASERVE_CUDA_GRAPHS=false"
-        raise StartupError(
-            f"torch cannot prepare the network on {device.name} ({path.words(0)}): "
-            f"{_what_was_said(error)}; set {way}"
-        ) from error
+    buckets.prepare(sizes[0])
     return buckets
 
 
@@ -125,6 +146,17 @@ def _what_was_said(error: Exception) -> str:
     """Return the first line, and the second where the first only announces it."""
     said = first_line(error)
     return " ".join(str(error).splitlines()[:2]) if said.endswith(":") else said
+
+
+def _what_may_help(path: TorchPath, error: Exception) -> str:
+    """Return what to do next: about memory, or without the part that is easiest to go without."""
+    if "out of memory" in str(error):
+        return "lower METASERVE_MAX_BATCH_SIZE, or free memory there"
+    if path.compiled:
+        return "set METASERVE_TORCH_COMPILE=off"
+    if path.captures:
+        return "set METASERVE_CUDA_GRAPHS=false"
+    return "check the driver, or set METASERVE_DEVICE=cpu"
 
 
 class EagerNetwork:

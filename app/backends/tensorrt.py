@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
 from types import ModuleType
 from typing import Any, Literal
 
-import numpy as np
-
 from app.backends.base import BackendInfo
-from app.backends.buckets import bucket_for, pad_batch
-from app.backends.tensorrt_runtime import Cuda, LoadedPlan, PreparedBatch
+from app.backends.tensorrt_buckets import PlanBuckets
+from app.backends.tensorrt_runtime import Cuda, LoadedPlan
 from app.errors import StartupError, first_line
 from app.types import Batch, Rows
 from models.buckets import bucket_sizes
@@ -38,9 +35,7 @@ class TensorRTBackend:
 
     def __init__(self, package: Package, max_batch_size: int, trt: Any, cuda: Cuda) -> None:
         manifest = package.manifest
-        self._cuda = cuda
-        self._lock = threading.Lock()
-        self._plan = LoadedPlan(
+        plan = LoadedPlan(
             trt,
             cuda,
             package.plan_path.read_bytes(),
@@ -48,35 +43,27 @@ class TensorRTBackend:
             classes=manifest.classes,
             embedding_dim=manifest.embedding_dim,
         )
-        self._sizes = bucket_sizes(min(max_batch_size, self._plan.max_batch_size))
-        self._prepared: dict[int, PreparedBatch] = self._plan.prepare(self._sizes)
+        sizes = bucket_sizes(min(max_batch_size, plan.max_batch_size))
+        self._buckets = PlanBuckets(plan, cuda, sizes)
         self.info = BackendInfo(
             name="tensorrt",
             device=cuda.device,
             precision=manifest.precision,
             runtime=f"{trt.__name__} {trt.__version__}, CUDA graphs for batches of "
-            + ", ".join(map(str, self._sizes)),
+            + ", ".join(map(str, sizes)),
             input_size=manifest.input.size,
             classes=manifest.classes,
             embedding_dim=manifest.embedding_dim,
-            max_batch_size=self._sizes[-1],
+            max_batch_size=sizes[-1],
         )
 
     def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
-        """Replay the graph of the next larger batch size; its other rows are dropped."""
-        size = bucket_for(len(batch), self._sizes)
-        padded, count = pad_batch(batch, size), len(batch)
-        with self._lock:  # the buffers are one batch's at a time
-            prepared = self._prepared[size]
-            np.copyto(prepared.images.host, padded)
-            prepared.run(self._cuda)
-            return Rows(prepared.logits.host[:count].copy(), prepared.embedding.host[:count].copy())
+        """Run the engine once."""
+        return self._buckets.run(batch)
 
     def close(self) -> None:
-        """Free graphs and buffers, then the engine, then the device's memory."""
-        self._prepared.clear()
-        self._plan.close()
-        self._cuda.close()
+        """Drop the engine and its buffers."""
+        self._buckets.close()
 
 
 def open_tensorrt(
@@ -106,9 +93,9 @@ def open_tensorrt(
     plan = _fitting_plan(package, gpu)
     trt = _import_library(plan)
     try:
-        from app.backends.torch_cuda import TorchCuda
+        from app.backends.pytorch_cuda import EngineCuda
 
-        cuda = TorchCuda()
+        cuda = EngineCuda()
     except ImportError as error:
         raise StartupError(
             "the tensorrt backend keeps its buffers in torch; install metaserve[tensorrt]"

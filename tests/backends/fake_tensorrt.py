@@ -63,6 +63,10 @@ class FakeCuda:
         self._recording: list[Callable[[], None]] | None = None
         self._memory: list[NDArray[Any]] = []
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._queue
+
     def enqueue(self, work: Callable[[], None]) -> None:
         (self._queue if self._recording is None else self._recording).append(work)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,10 +13,9 @@ import pytest
 from app.backends.base import Backend
 from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
-from export.verify import cosine_distance
 from models.golden import golden_images
 from models.package import Package, find_package, open_package
-from models.tolerances import TOLERANCES
+from models.tolerances import TOLERANCES, cosine_distance
 from tests.backends.fake_tensorrt import open_fake_tensorrt
 from tests.required import require
 
@@ -62,6 +62,19 @@ def open_torch_bf16(package: Package) -> Backend:
     return TorchBackend(package, "cpu", threads=1, precision="bf16")
 
 
+def open_torch_in_sizes(package: Package) -> Backend:
+    """The compiled path on the CPU: prepared sizes, padding, fixed buffers; not the compiler."""
+    pytest.importorskip("torch")
+    from app.backends import pytorch_paths
+    from app.backends.pytorch import TorchBackend
+
+    with (
+        patch.object(pytorch_paths, "what_keeps_from_compiling", lambda device: None),
+        patch.object(pytorch_paths, "compile_network", lambda model, mode: model.forward),
+    ):
+        return TorchBackend(package, "cpu", threads=1, max_batch_size=8, compiling="on")
+
+
 def open_triton(package: Package) -> Backend:
     require("tritonclient.grpc")
     from app.backends.triton import TritonBackend
@@ -76,6 +89,7 @@ OPENERS: dict[str, Callable[[Package], Backend]] = {
     "torch": open_torch,
     "tensorrt": open_fake_tensorrt,
     "torch_bf16": open_torch_bf16,
+    "torch_in_sizes": open_torch_in_sizes,
     "triton": open_triton,
 }
 
@@ -189,7 +203,7 @@ def test_runs_from_several_threads_do_not_mix(backend: Backend, images: Batch) -
                 assert_close(rows, expected[n], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", "triton"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", "torch_in_sizes", "triton"])
 def test_the_network_answers_what_the_package_says(
     name: str, package: Package, images: Batch
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.backends import ort_session
 from app.backends.ort import OnnxRuntimeBackend
 from app.backends.ort_device import BoundBuckets
 from app.backends.ort_session import CPU, CUDA, TENSORRT, SessionPlan, gpu_providers, open_session
@@ -212,6 +213,24 @@ def test_a_cache_that_cannot_be_written_names_the_setting(
         gpu_providers(blocked)
 
 
+def test_the_cache_lies_in_the_users_own_unless_it_is_named(
+    plan: SessionPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "users"))
+    (_, options), _ = gpu_providers(replace(plan, provider=TENSORRT, cache_dir=None))
+    folder = tmp_path / "users/metaserve/onnxruntime/0123456789abcdef"
+    assert folder.is_dir()
+    assert options["trt_engine_cache_path"] == str(folder)
+
+
+def test_without_a_home_the_cache_has_to_be_named(
+    plan: SessionPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_session, "user_cache", lambda kind: None)
+    with pytest.raises(StartupError, match=r"no home directory.*METASERVE_ORT_CACHE_DIR"):
+        gpu_providers(replace(plan, provider=TENSORRT, cache_dir=None))
+
+
 # --- sessions that do not start
 
 
@@ -277,7 +296,9 @@ def test_a_session_that_refuses_graph_capture_is_opened_without(
     library = Library(refusal, None)
     assert not opened(library, plan).cuda_graphs
     assert [options["enable_cuda_graph"] for options, _ in library.opened] == ["1", "0"]
-    assert "captures no CUDA graphs here" in caplog.text
+    (line,) = caplog.records
+    assert line.name == "metaserve.backends"
+    assert "captures no CUDA graphs here" in line.getMessage()
 
 
 @pytest.mark.parametrize(

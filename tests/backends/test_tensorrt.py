@@ -15,6 +15,8 @@ from app.backends.base import Backend
 from app.backends.fake import FakeBackend
 from app.backends.select import select_backend
 from app.backends.tensorrt import TensorRTBackend
+from app.backends.tensorrt_buckets import PlanBuckets
+from app.backends.tensorrt_runtime import LoadedPlan
 from app.errors import StartupError
 from app.settings import Settings
 from app.types import Batch
@@ -134,6 +136,28 @@ def test_every_run_replays_a_graph_with_the_engine_in_it(package: Package, image
     assert cuda.replays == [1, 1, 1]
 
 
+def test_a_replay_runs_the_graph_alone_as_often_as_asked(package: Package, images: Batch) -> None:
+    cuda = FakeCuda()
+    manifest = package.manifest
+    plan = LoadedPlan(
+        FakeTensorRT(cuda),
+        cuda,
+        fake_plan(package),
+        input_size=manifest.input.size,
+        classes=manifest.classes,
+        embedding_dim=manifest.embedding_dim,
+    )
+    buckets = PlanBuckets(plan, cuda, (1, 4))
+    expected = buckets.run(images[:3])
+    cuda.replays.clear()
+    buckets.replay(4, times=3)
+    assert cuda.replays == [1, 1, 1]
+    assert cuda.is_idle, "it waits"
+    assert buckets.run(images[:3]).logits.tobytes() == expected.logits.tobytes()
+    buckets.close()
+    assert cuda.closed
+
+
 def test_closing_gives_the_device_back(package: Package) -> None:
     cuda = FakeCuda()
     open_fake_tensorrt(package, cuda=cuda).close()
@@ -203,8 +227,8 @@ def test_an_engine_that_fits_is_served(
     with_gpu: FakeCuda,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = require("app.backends.torch_cuda")
-    monkeypatch.setattr(module, "TorchCuda", lambda: with_gpu)
+    module = require("app.backends.pytorch_cuda")
+    monkeypatch.setattr(module, "EngineCuda", lambda: with_gpu)
     backend = start(with_plan(package, tmp_path), max_batch_size=4)
     assert isinstance(backend, TensorRTBackend)
     assert backend.info.device == "cuda:0"
@@ -252,8 +276,8 @@ def test_an_engine_without_its_graph_beside_it_is_taken_at_its_word(
     planned = with_plan(package, tmp_path)
     files = {name: sha for name, sha in planned.manifest.files.items() if name != MODEL}
     bare = Package(tmp_path, planned.manifest.model_copy(update={"files": files}))
-    module = require("app.backends.torch_cuda")
-    monkeypatch.setattr(module, "TorchCuda", lambda: with_gpu)
+    module = require("app.backends.pytorch_cuda")
+    monkeypatch.setattr(module, "EngineCuda", lambda: with_gpu)
     assert start(bare).info.name == "tensorrt"
 
 
@@ -279,7 +303,7 @@ def test_the_library_that_built_the_engine_is_named_where_it_is_missing(
 def test_without_torch_the_extra_is_named(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "app.backends.torch_cuda", raising=False)
+    monkeypatch.delitem(sys.modules, "app.backends.pytorch_cuda", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "install metaserve[tensorrt]" in refusal(with_plan(package, tmp_path))
 
@@ -354,9 +378,3 @@ def test_the_real_library_has_every_name_that_the_backend_uses() -> None:
     assert trt.DataType.UINT8.name == "UINT8"
     assert trt.DataType.FLOAT.name == "FLOAT"
     assert trt.ILogger.ERROR.value == 1
-
-
-def test_torch_has_every_name_that_the_gpu_half_uses() -> None:
-    cuda = require("torch").cuda
-    for name in ("set_device", "Stream", "stream", "synchronize", "CUDAGraph", "graph"):
-        assert hasattr(cuda, name)

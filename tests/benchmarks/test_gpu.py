@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+import export.tensorrt
+from app.backends import pytorch_cuda
+from app.backends.fake import FakeBackend
 from app.types import Batch, Rows
 from benchmarks import gpu
 from benchmarks.gpu_candidates import Candidate, Missing, Opened, Sizes, candidates, in_order
 from benchmarks.gpu_ceilings import Ceilings, measure_ceilings
-from benchmarks.gpu_models import Subject, build_subject
+from benchmarks.gpu_models import Subject, build_subject, count_cost
 from benchmarks.gpu_report import Report, Row
+from models.golden import golden_images
+from models.package import find_package, open_package
+from models.variants import find_variant
+from tests.backends.fake_tensorrt import FakeCuda, FakeTensorRT, fake_plan
 
 ROOT = Path(__file__).parents[2]
 # Dependencies of the service that a machine which only measures need not have.
@@ -212,15 +219,40 @@ def test_every_backend_is_tried_on_a_gpu_and_the_cpu_in_small_batches() -> None:
     assert {one.precision for one in found if one.name == "torch cuda compiled"} == {"bf16", "fp16"}
 
 
+def test_tensorrt_is_measured_through_the_parts_that_serve_and_let_go(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, tmp_path: Path
+) -> None:
+    cuda = FakeCuda()
+    library = FakeTensorRT(cuda)
+    (tmp_path / "caformer_digits_fp16.onnx").touch()  # the graph is there, and nobody reads it
+    logits = ("FLOAT", [-1, subject.widths[0]])
+    plan = fake_plan(open_package(find_package("caformer_digits")), 2, logits=logits)
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(export.tensorrt, "build_plan", lambda *arguments, **settings: plan)
+    monkeypatch.setattr(pytorch_cuda, "EngineCuda", lambda: cuda)
+    (tensorrt,) = [one for one in candidates("cuda", 1, None) if one.name == "tensorrt"]
+    opened = tensorrt.open(subject, (1, 2), tmp_path)
+    images = golden_images(subject.input_size, 2)
+    expected = FakeBackend(subject.input_size, *subject.widths).run(images)
+    np.testing.assert_array_equal(opened.run(images).logits, expected.logits)
+    cuda.replays.clear()
+    assert opened.replay is not None
+    opened.replay(2, 3)
+    assert cuda.replays == [1, 1, 1]
+    opened.close()
+    assert cuda.closed
+
+
 # --- arithmetic
 
 
 def test_what_a_network_costs_is_counted(subject: Subject) -> None:
     stem = 2 * 8 * 8 * 32 * 7 * 7 * 3  # the first convolution alone, on 32 px
     assert stem < subject.flops < 100 * stem
-    s18 = build_subject("caformer_s18", seed=0)
+    s18, _ = count_cost(find_variant("caformer_s18")[0], classes=1000)
     # 4.1 G multiplications and additions in the paper's table, two operations each.
-    assert s18.flops == pytest.approx(8.2e9, rel=0.05)
+    assert s18 == pytest.approx(8.2e9, rel=0.05)
 
 
 def test_the_cpu_has_a_ceiling_of_its_memory_alone() -> None:
