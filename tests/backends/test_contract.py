@@ -42,21 +42,21 @@ def open_fake(package: Package) -> Backend:
 
 
 def open_onnxruntime(package: Package) -> Backend:
-    pytest.importorskip("onnxruntime")
+    require("onnxruntime")
     from app.backends.ort import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(package, "cpu", threads=2)
 
 
 def open_torch(package: Package) -> Backend:
-    pytest.importorskip("torch")
+    require("torch")
     from app.backends.pytorch import TorchBackend
 
     return TorchBackend(package, "cpu", threads=1)
 
 
 def open_torch_bf16(package: Package) -> Backend:
-    pytest.importorskip("torch")
+    require("torch")
     from app.backends.pytorch import TorchBackend
 
     return TorchBackend(package, "cpu", threads=1, precision="bf16")
@@ -64,7 +64,7 @@ def open_torch_bf16(package: Package) -> Backend:
 
 def open_torch_in_sizes(package: Package) -> Backend:
     """The compiled path on the CPU: prepared sizes, padding, fixed buffers; not the compiler."""
-    pytest.importorskip("torch")
+    require("torch")
     from app.backends import pytorch_paths
     from app.backends.pytorch import TorchBackend
 

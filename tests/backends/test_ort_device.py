@@ -23,6 +23,7 @@ from app.types import Batch
 from models.golden import golden_images
 from models.onnx_runtime import import_onnxruntime
 from models.package import Package, find_package, open_package
+from tests.required import require
 
 PATIENCE_SECONDS = 30.0
 
@@ -34,7 +35,7 @@ def package() -> Package:
 
 @pytest.fixture(scope="module")
 def ort() -> ModuleType:
-    pytest.importorskip("onnxruntime")
+    require("onnxruntime")
     return import_onnxruntime()
 
 
@@ -244,6 +245,7 @@ class Library:
         self.opened: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.entries: dict[str, str] = {}
         self.preloads = 0
+        self.threads = 0
 
     def preload_dlls(self) -> None:
         self.preloads += 1
@@ -262,13 +264,15 @@ class Library:
 
     def InferenceSession(self, path: str, options: Any, providers: Any, **extra: Any) -> Any:
         outcome = self.outcomes.pop(0)
-        self.opened.append((dict(providers[0][1]), extra))
+        named = not isinstance(providers[0], str)
+        self.opened.append((dict(providers[0][1]) if named else {}, extra))
+        self.threads = options.intra_op_num_threads
         if outcome is not None:
             raise outcome
 
         class Session:
             def get_providers(self) -> list[str]:
-                return [providers[0][0], CPU]
+                return [providers[0][0], CPU] if named else [CPU]
 
         return Session()
 
@@ -284,6 +288,16 @@ def test_no_part_of_the_graph_may_fall_back_to_the_cpu(plan: SessionPlan) -> Non
     assert library.entries["session.disable_cpu_ep_fallback"] == "1"
     assert library.opened[0][1] == {"enable_fallback": 0}
     assert library.preloads == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_session_gets_the_threads_of_the_containers_limit(
+    plan: SessionPlan, threads: int
+) -> None:
+    library = Library(None)
+    opened(library, replace(plan, provider=CPU, threads=threads, cuda_graphs=False))
+    assert library.threads == threads
+    assert library.entries["session.intra_op.allow_spinning"] == "0"
 
 
 def test_a_session_that_refuses_graph_capture_is_opened_without(

@@ -31,7 +31,9 @@ from models.buckets import bucket_sizes
 from models.golden import golden_images
 from models.package import InputSpec
 from models.serving import ServedModel
+from models.tolerances import Precision
 from tests.models.tiny import CAFORMER, CLASSES, network
+from tests.required import missing as not_here
 
 PATIENCE_SECONDS = 30.0
 SIDE = CAFORMER.input_size
@@ -286,7 +288,7 @@ def test_inductor_compiles_on_the_cpu_and_answers_the_same(
 ) -> None:
     missing = what_keeps_from_compiling("cpu")
     if missing:
-        pytest.skip(missing)
+        not_here(missing)
     config = torch._inductor.config
     monkeypatch.setattr(config, "compile_threads", 1)  # else it leaves workers
     # Trying out vector units and compiling headers for later take most of the time.
@@ -626,3 +628,19 @@ def test_float32_on_a_gpu_is_not_rounded_to_tf32(
     assert torch.backends.cudnn.allow_tf32 == (precision != "fp32")
     assert rows.logits.shape == (3, CLASSES)
     assert rows.logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_on_a_gpu_the_network_is_cast_and_laid_out_channels_last(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytorch_paths, "CudaDevice", lambda graphs: HostDevice())
+    model = ServedModel(network(CAFORMER), InputSpec(size=CAFORMER.input_size)).eval()
+    stem = model.network.get_submodule("stem.conv")
+    path = TorchPath("cuda", precision, compiled=False, cuda_graphs=False)
+    open_path(model, path, (1,), CAFORMER.input_size, (CLASSES, CAFORMER.embedding_dim))
+    weight = stem.weight
+    assert isinstance(weight, Tensor)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert weight.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]

@@ -18,6 +18,7 @@ from app.errors import StartupError
 from app.settings import Settings
 from models.gpu import Gpu, NoGpuError
 from models.package import Package, PackageError, find_package, open_package
+from tests.required import require
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ class FakeSession:
 @pytest.fixture
 def onnxruntime(monkeypatch: pytest.MonkeyPatch) -> Any:
     """onnxruntime, as if it were a build for GPUs on a machine that has one."""
-    module = pytest.importorskip("onnxruntime")
+    module = require("onnxruntime")
     available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(module, "get_available_providers", lambda: available)
     monkeypatch.setattr(module, "preload_dlls", lambda: None, raising=False)
@@ -67,7 +68,7 @@ def onnxruntime(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_each_name_gives_its_backend(package: Package) -> None:
     for name in ("onnxruntime", "torch", "fake"):
         if name != "fake":
-            pytest.importorskip(name)
+            require(name)
         backend = select(package, backend=name, device="cpu")
         assert backend.info.name == name
         assert backend.info.device == "cpu"
@@ -87,7 +88,7 @@ def test_the_fake_backend_has_the_packages_shapes(package: Package) -> None:
 
 
 def test_onnxruntime_tells_its_version_provider_and_threads(package: Package) -> None:
-    module = pytest.importorskip("onnxruntime")
+    module = require("onnxruntime")
     backend = select(package, threads=3, device="cpu")
     expected = f"onnxruntime {module.__version__} CPUExecutionProvider, 3 threads"
     assert backend.info.runtime == expected
@@ -109,7 +110,7 @@ def test_onnxruntime_tells_its_version_provider_and_threads(package: Package) ->
 def test_a_provider_this_build_lacks_is_refused(
     package: Package, settings: dict[str, str], provider: str
 ) -> None:
-    module = pytest.importorskip("onnxruntime")
+    module = require("onnxruntime")
     if provider in module.get_available_providers():
         pytest.skip(f"this build has {provider}")
     sentence = refusal(package, **settings)
@@ -121,7 +122,7 @@ def test_a_provider_this_build_lacks_is_refused(
 def test_torch_without_a_gpu_refuses_device_cuda(
     package: Package, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("torch")
+    torch = require("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no GPU" in refusal(package, backend="torch", device="cuda")
 
@@ -170,7 +171,7 @@ def test_both_builds_of_onnxruntime_are_refused(
 def test_one_build_of_onnxruntime_is_enough(
     package: Package, monkeypatch: pytest.MonkeyPatch, installed: str
 ) -> None:
-    pytest.importorskip("onnxruntime")
+    require("onnxruntime")
 
     def distribution(name: str) -> str:
         if name != installed:
@@ -245,7 +246,7 @@ def test_a_session_that_does_not_start_is_told_in_one_sentence(
 def test_a_package_without_the_backends_file_is_refused(
     package: Package, backend: str, missing: str
 ) -> None:
-    pytest.importorskip(backend)
+    require(backend)
     files = {name: sha for name, sha in package.manifest.files.items() if name != missing}
     bare = Package(package.path, package.manifest.model_copy(update={"files": files}))
     with pytest.raises(PackageError, match=f"holds no {missing}"):
@@ -267,7 +268,7 @@ def test_only_the_library_of_the_backend_asked_for_is_imported(
     backend: str, others: list[str]
 ) -> None:
     if backend != "fake":
-        pytest.importorskip(backend)
+        require(backend)
     program = (
         "import sys\n"
         "from app.backends.select import select_backend\n"

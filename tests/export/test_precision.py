@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -322,3 +323,35 @@ def test_widening_keeps_every_value_and_leaves_no_half(
             onnx.numpy_helper.to_array(tensor),
             onnx.numpy_helper.to_array(narrow[tensor.name]),
         )
+
+
+ABLATIONS: list[dict[str, Any]] = [
+    {"block_bias": True},
+    {"activation": "gelu"},
+    {"residual_scaling": "layer_scale"},
+    {"residual_scaling": "branch_scale"},
+]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_ablations_are_exported_in_half_precision(precision: Precision, tmp_path: Path) -> None:
+    for index, changes in enumerate(ABLATIONS if precision == "bf16" else ABLATIONS[:1]):
+        path, out = tmp_path / f"{index}.safetensors", tmp_path / f"out{index}"
+        save_file(randomise(MetaFormer(replace(DIGITS, **changes), 10), 3).state_dict(), path)
+        flags: list[str] = []
+        for name, value in changes.items():
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        arguments = ("--checkpoint", path, "--precision", precision, "--out", out, *flags)
+        assert run_cli("export", "caformer_digits", *arguments) == 0, changes
+
+
+def test_logits_that_are_all_the_same_can_be_proven_in_half_precision(tmp_path: Path) -> None:
+    state = randomise(MetaFormer(DIGITS, 10), 3).state_dict()
+    for key in state:  # a head as fine-tunes start with
+        if key.startswith("head.fc."):
+            state[key].zero_()
+    path, out = tmp_path / "fresh.safetensors", tmp_path / "out"
+    save_file(state, path)
+    arguments = ("--checkpoint", path, "--precision", "bf16", "--out", out)
+    assert run_cli("export", "caformer_digits", *arguments) == 0
+    assert open_package(out).manifest.proofs[0].logit_tolerance == pytest.approx(1e-4)
