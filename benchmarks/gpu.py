@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from app.cpu import cpu_limit
-from app.errors import first_line
 from app.types import Batch
 from benchmarks.gpu_candidates import Candidate, Missing, Opened, Sizes, candidates, in_order
 from benchmarks.gpu_ceilings import measure_ceilings
@@ -46,7 +45,7 @@ class Budget:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; the exit code is 1 where a backend disagrees with torch in float32."""
+    """Measure; the exit code is 1 where a backend fails, or disagrees with torch in float32."""
     arguments = _parser().parse_args(argv)
     device: Literal["cpu", "cuda"] = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for candidate in candidates(device, arguments.threads, arguments.compile_mode):
                 _measure(candidate, subject, arguments.buckets, Path(folder), report, budget)
     print(f"\n{report.markdown()}")
-    return int(not all(check.passed for check in report.checks))
+    return int(report.failed or not all(check.passed for check in report.checks))
 
 
 def _measure(
@@ -75,7 +74,6 @@ def _measure(
 ) -> None:
     what = f"{subject.variant} {candidate.name} {candidate.precision}"
     sizes = [size for size in buckets if size <= (candidate.largest or size)]
-    checked = False
     for group in in_order(sizes, candidate.one_by_one) if sizes else []:
         shown = ", ".join(map(str, group))
         if budget.left() < 0:
@@ -88,17 +86,15 @@ def _measure(
             report.add_missing(what, str(error))
             return
         except Exception as error:  # each library has errors of its own; the others go on
-            report.add_missing(f"{what} at {shown}", f"{type(error).__name__}: {first_line(error)}")
+            report.add_failure(f"{what} at {shown}", error)
             continue
         opening = time.perf_counter() - started_at
         try:
-            if not checked:
-                report.add_check(_check(candidate, opened, subject, group[-1]))
-                checked = True
+            report.add_check(_check(candidate, opened, subject, group[-1]))
             for size in group:
                 report.add_row(_time(candidate, opened, subject, size, opening / len(group)))
         except Exception as error:
-            report.add_missing(f"{what} at {shown}", f"{type(error).__name__}: {first_line(error)}")
+            report.add_failure(f"{what} at {shown}", error)
         finally:
             opened.close()
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from app.errors import first_line
 from benchmarks.gpu_ceilings import Ceilings
 from benchmarks.gpu_models import Subject
 from models.tolerances import Precision
@@ -80,6 +81,7 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    failed: bool = False
 
     def add_check(self, check: Check) -> None:
         """Print and keep."""
@@ -95,6 +97,12 @@ class Report:
         self.rows.append(row)
         cells = dict(zip(_HEADINGS, self._cells(row), strict=True))
         self._say("  ".join(f"{heading} {cell}" for heading, cell in cells.items()))
+
+    def add_failure(self, what: str, error: Exception) -> None:
+        """Print and keep; a size that does not fit into memory is none."""
+        said = f"{type(error).__name__}: {first_line(error)}"
+        self.failed = self.failed or "out of memory" not in said.lower()
+        self.add_missing(what, said)
 
     def add_missing(self, what: str, reason: str) -> None:
         """Print and keep, once."""
