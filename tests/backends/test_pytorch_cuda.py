@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch._inductor.config
 from torch import Tensor
 
 from app.backends import tensorrt_runtime as protocol
