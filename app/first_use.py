@@ -138,14 +138,16 @@ def _export(variant: str, out: Path, place: Path, heard: Say | None) -> None:
     code = _run(command, hear if heard is not None else None)
     if code == 0:
         return
-    if code < 0:
+    if code < 0 or code > 128:
+        number = -code if code < 0 else code - 128
         raise StartupError(
-            f"exporting {variant} was ended by {signal.Signals(-code).name}; it needs about 2 GB "
+            f"exporting {variant} was ended by {signal.Signals(number).name}; it needs about 2 GB "
             "of memory, and can be done elsewhere with `metaserve export`"
         )
     if heard is None:
         raise SystemExit(code)
-    said = lines[-1].removeprefix("metaserve: ") if lines else f"exit code {code}"
+    sentences = [line for line in lines if line.startswith("metaserve: ")]
+    said = sentences[-1].removeprefix("metaserve: ") if sentences else f"exit code {code}"
     raise StartupError(f"{variant} cannot be exported on first use: {said}")
 
 

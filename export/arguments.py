@@ -169,6 +169,11 @@ def refuse_idle_flags(arguments: argparse.Namespace, *, of_a_package: bool) -> N
             )
 
 
+def describes_weights(arguments: argparse.Namespace) -> bool:
+    """Tell whether a flag asks for other weights, or another network, than a name stands for."""
+    return any(getattr(arguments, name) not in (None, False) for name in _OF_WEIGHTS)
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from export.arguments import MAX_BATCH_SIZE, ablated, input_spec, refuse_idle_flags
+from export.arguments import (
+    MAX_BATCH_SIZE,
+    ablated,
+    describes_weights,
+    input_spec,
+    refuse_idle_flags,
+)
 from export.seams import ReadImage
 from models.package import (
     Calibration,
@@ -141,23 +147,27 @@ def _export_repository(
 def _given_package(arguments: argparse.Namespace, store: Path | None) -> Package | None:
     """Return the package that VARIANT names: a directory, or one that `serve` would find.
 
-    A published name is exported anew for another precision, and always for a package of its own.
+    A published name means the published weights. A package of them that is there saves the export
+    of the same again, and is passed over where another is asked for.
     """
     if arguments.checkpoint is not None:
         return None
+    is_published = _is_published(arguments.variant)
+    if is_published and (arguments.format == "onnx" or describes_weights(arguments)):
+        return None
     try:
-        place = find_package(arguments.variant, store)
-    except PackageNotFound:
-        return None
-    package, is_published = open_package(place), _is_published(arguments.variant)
-    if is_published and arguments.format == "onnx":
-        return None
-    if arguments.precision in (None, package.manifest.precision):
+        package = open_package(find_package(arguments.variant, store))
+    except PackageError as error:
+        if is_published or isinstance(error, PackageNotFound):
+            return None
+        raise
+    default = "fp32" if is_published else package.manifest.precision
+    if package.manifest.precision == (arguments.precision or default):
         return package
     if is_published:
         return None
     raise PackageError(
-        f"{place} is in {package.manifest.precision}; export its checkpoint again for "
+        f"{package.path} is in {package.manifest.precision}; export its checkpoint again for "
         f"{arguments.precision}"
     )
 
@@ -203,7 +213,7 @@ def _export_package(arguments: argparse.Namespace, out: Path, read_image: ReadIm
         labels=arguments.labels,
         revision=arguments.revision,
         sha256=arguments.sha256,
-        place=arguments.place or arguments.out,
+        place=arguments.place,
     )
     # Lines, not steps: the progress bar of a download writes between them.
     try:

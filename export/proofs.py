@@ -114,6 +114,6 @@ def format_proofs(proofs: Sequence[BackendProof]) -> str:
 
 
 def _key(proven: BackendProof | Candidate) -> tuple[str, str, str, str]:
-    """Return what a row stands for: the runtime's words count, its version and numbers do not."""
-    path = re.sub(r"[\d.]+", "", proven.runtime)
+    """Return what a row stands for: the way it computes, in words without numbers and places."""
+    path = re.sub(r" at \S+| for batches of .*|,? \d+ threads?|\b\d[\w.+]*", "", proven.runtime)
     return proven.backend, proven.precision, proven.device, path

@@ -150,7 +150,7 @@ def _timings(config: Any, path: Path | None) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_to(monitor: Any) -> Iterator[None]:
-    """Have Ctrl-C end a build through its monitor.
+    """Have Ctrl-C and what ends a process end a build through its monitor.
 
     Raised in a callback, of which there are thousands, it would go through frames of C++ that let
     no exception pass, and end the process with a core dump.
@@ -159,14 +159,21 @@ def _interrupts_to(monitor: Any) -> Iterator[None]:
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        monitor.failure = KeyboardInterrupt()
+    def interrupt(number: int, _: object) -> None:
+        is_ctrl_c = number == signal.SIGINT
+        monitor.failure = KeyboardInterrupt() if is_ctrl_c else SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    previous = {
+        number: signal.signal(number, interrupt)
+        for number in numbers
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _monitor(trt: Any, share: Share) -> Any:

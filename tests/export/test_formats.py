@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -154,3 +157,35 @@ def test_a_refused_repository_leaves_no_folder(
     assert run("nosuchthing", "--format", "triton", "--out", tmp_path / "new") == 2
     assert "no variant 'nosuchthing'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_name_means_the_published_weights_whatever_is_in_the_store(
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(EMBEDDED, store / "caformer_s18")
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    command: list[str | Path] = [Path(sysconfig.get_path("scripts")) / "metaserve"]
+    command += ["export", "caformer_s18"]
+    command += ["--model-store", store, "--out", tmp_path / "out", "--format"]
+
+    def said(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [*command, *arguments], env=offline, capture_output=True, text=True, timeout=120
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = said("triton")
+    assert code == 0, text  # what is there serves as it is
+    for arguments in (
+        ("onnx",),
+        ("triton", "--input-size", "256"),
+        ("triton", "--precision", "fp16"),
+        ("triton", "--version", "v2", "--no-weights"),
+    ):
+        code, text = said(*arguments, "--overwrite")
+        assert code == 2
+        assert "caformer_s18.pth of sail/dl cannot be fetched" in text, arguments
+    (store / "caformer_s18" / "manifest.json").write_text("{}")
+    code, text = said("triton", "--overwrite")
+    assert "cannot be fetched" in text, "a package that cannot be read is none"

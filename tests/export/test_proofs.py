@@ -146,13 +146,47 @@ def test_a_backend_that_fails_loses_what_it_proved_before(copy: Path) -> None:
     assert [proof.precision for proof in open_package(copy).manifest.proofs] == ["fp16"]
 
 
-def test_a_row_is_replaced_by_the_same_path_of_another_version(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("older", "another"),
+    [
+        (
+            ("onnxruntime 1.31.0 CUDA, CUDA graphs", "onnxruntime 1.32.1 CUDA, CUDA graphs"),
+            "onnxruntime 1.32.1 TensorRT, no CUDA graphs",
+        ),
+        (
+            (
+                "torch 2.13.0+cpu eager",
+                "torch 2.13.0 eager, 1 thread",
+                "torch 2.14.0 eager, 2 threads",
+            ),
+            "torch 2.14 compiled, 2 threads",
+        ),
+        (
+            ("Triton 2.51.0 at localhost:8001, model a", "Triton 2.60.0 at [::1]:1, model a"),
+            "Triton 2.60.0 at [::1]:1, model b",
+        ),
+        (
+            (
+                "tensorrt 11.4.0, CUDA graphs for batches of 1, 2",
+                "tensorrt 11.4.1, CUDA graphs for batches of 1, 2, 4",
+            ),
+            "tensorrt_rtx 1.7.1, CUDA graphs for batches of 1, 2",
+        ),
+    ],
+    ids=["onnxruntime", "torch", "triton", "tensorrt"],
+)
+def test_a_row_is_replaced_by_the_same_path_of_another_version(
+    copy: Path, older: tuple[str, ...], another: str
+) -> None:
     package = open_package(copy)
-    for runtime in ("onnxruntime 1.31.0 CPU, 2 threads", "onnxruntime 1.32.1 CPU, 4 threads"):
+    for runtime in older:
         candidate = replace(golden_candidate(package), runtime=runtime)
         package = store_proofs(package, [prove(candidate, package, package.golden)])
     (proof,) = package.manifest.proofs
-    assert proof.runtime == "onnxruntime 1.32.1 CPU, 4 threads"
+    assert proof.runtime == older[-1]
+    other = replace(golden_candidate(package), runtime=another)
+    package = store_proofs(package, [prove(other, package, package.golden)])
+    assert len(package.manifest.proofs) == 2
 
 
 def test_how_far_an_answer_moves_with_its_batch_is_measured_and_shown(copy: Path) -> None:

@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from app.signals import ending_by_exception
 from export import plan as plan_module
 from export.onnx import export_onnx
 from export.plan import add_plan, load_builder
@@ -392,17 +393,25 @@ def test_nested_phases_add_up_to_one_share() -> None:
     assert phases.share == 0.75
 
 
-def interrupt(_: float) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_control_c_ends_a_build_and_leaves_the_handler_as_it_was(
-    trt: Any, package: Package
+@pytest.mark.parametrize(
+    ("sent", "raised"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, SystemExit),
+        (signal.SIGHUP, SystemExit),
+    ],
+)
+def test_a_signal_ends_a_build_and_leaves_the_handler_as_it_was(
+    trt: Any, package: Package, sent: signal.Signals, raised: type[BaseException]
 ) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        build(trt, package.model_path, package.manifest.input.size, share=interrupt)
-    assert signal.getsignal(signal.SIGINT) is before
+    def interrupt(_: float) -> None:
+        os.kill(os.getpid(), sent)
+
+    with ending_by_exception():  # as the command line has it
+        before = signal.getsignal(sent)
+        with pytest.raises(raised):
+            build(trt, package.model_path, package.manifest.input.size, share=interrupt)
+        assert signal.getsignal(sent) is before
 
 
 def test_what_the_caller_of_progress_raises_comes_out_of_the_build(
