@@ -137,6 +137,8 @@ class ExecutionContextAllocationStrategy(Enum):
 
 
 class Logger:
+    """The library's own, made to be derived from: whoever forgets `log` is told."""
+
     def log(self, severity: Severity, message: str) -> None:
         raise NotImplementedError
 

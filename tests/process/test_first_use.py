@@ -191,17 +191,24 @@ def test_a_place_that_cannot_be_written_is_named(
     assert "set METASERVE_MODEL_STORE to a directory that can be written" in sentence
 
 
+@contextmanager
+def exporting(hub: Hub, folder: Path, store: Path) -> Iterator[tuple[ServiceProcess, int]]:
+    """Hold a service in its first use's download; gives it and the pid of its child."""
+    store.mkdir()
+    env = environment(hub, folder) | {"METASERVE_MODEL_STORE": str(store)}
+    before = len(hub.asked)
+    with stalled(hub), service_process(env, ["--model", NAME], wait="nothing") as service:
+        wait_until(lambda: len(hub.asked) > before, "the child asks the hub", seconds=60)
+        (child,) = children_of(service.process)
+        yield service, child
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_during_the_export_ends_it_and_leaves_nothing(
     hub: Hub, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     store = tmp_path / "store"
-    store.mkdir()
-    env = environment(hub, tmp_path) | {"METASERVE_MODEL_STORE": str(store)}
-    before = len(hub.asked)
-    with stalled(hub), service_process(env, ["--model", NAME], wait="nothing") as service:
-        wait_until(lambda: len(hub.asked) > before, "the child asks the hub", seconds=60)
-        (child,) = children_of(service.process)
+    with exporting(hub, tmp_path, store) as (service, child):
         service.process.send_signal(sent)
         assert service.wait_exit(seconds=30) == code
     assert not Path(f"/proc/{child}").exists()
@@ -246,13 +253,7 @@ def test_a_folder_that_is_no_package_is_named_before_anything_is_fetched(tmp_pat
 
 
 def test_a_service_that_is_killed_takes_its_export_with_it(hub: Hub, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    store.mkdir()
-    env = environment(hub, tmp_path) | {"METASERVE_MODEL_STORE": str(store)}
-    before = len(hub.asked)
-    with stalled(hub), service_process(env, ["--model", NAME], wait="nothing") as service:
-        wait_until(lambda: len(hub.asked) > before, "the child asks the hub", seconds=60)
-        (child,) = children_of(service.process)
+    with exporting(hub, tmp_path, tmp_path / "store") as (service, child):
         service.process.kill()
         wait_until(lambda: not runs(child), "the child ends")
 
