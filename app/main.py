@@ -10,15 +10,9 @@ from pathlib import Path
 
 import prometheus_client
 
-from app.backends.base import Backend
-from app.backends.select import select_backend
+from app.assemble import WarmCore, open_core
 from app.cpu import cpu_limit
-from app.engine.base import GoldenCheck
-from app.engine.core import EngineCore
-from app.engine.loading import check_golden, warm_up
 from app.engine.local import LocalEngine
-from app.engine.timing import ServiceTimes
-from app.engine.window import BatchWindow
 from app.errors import StartupError
 from app.first_use import locate_package
 from app.http.app import create_app
@@ -103,46 +97,25 @@ def build_state(settings: Settings) -> ServiceState:
 
 
 def load_model(state: ServiceState) -> LoadedModel:
-    """Check the package's files, start the backend, reproduce the golden outputs, warm up.
+    """Load the package into an engine of this process.
 
     Raises:
         StartupError: the backend cannot run here.
         PackageError: the package is damaged, or its numbers are not reproduced.
     """
-    settings, package = state.settings, state.package
-    package.check_files()
-    # Read now, so that a wrong file stops the start and not a request.
-    _ = package.labels, package.wordnet_ids
-    backend = select_backend(settings, package, settings.threads or cpu_limit())
-    try:
-        golden = check_golden(backend, package) if backend.info.runs_package else None
-        limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
-        times = warm_up(backend, limit)
-    except BaseException:
-        backend.close()
-        raise
-    return wire_model(state, backend, times, times.largest_useful(), golden)
+    observer = state.metrics.batch_observer(state.settings.backend)
+    return wire_model(state, open_core(state.settings, state.package, observer))
 
 
-def wire_model(
-    state: ServiceState,
-    backend: Backend,
-    times: ServiceTimes,
-    max_batch_size: int,
-    golden: GoldenCheck | None,
-) -> LoadedModel:
-    """Put an engine around a backend and show it in the metrics."""
-    settings, metrics, info = state.settings, state.metrics, backend.info
-    window = BatchWindow(max_batch_size, settings.max_wait_ms / 1000)
-    observer = metrics.batch_observer(info.name)
-    core = EngineCore(backend, window, times, settings.queue_budget_ms / 1000, observer)
-    engine = LocalEngine(core)
+def wire_model(state: ServiceState, warm: WarmCore) -> LoadedModel:
+    """Put an engine around a core and show it in the metrics."""
+    metrics, info, manifest = state.metrics, warm.backend, state.package.manifest
+    engine = LocalEngine(warm.core)
     metrics.watch(engine.status, state.pool.wait_seconds)
-    manifest = state.package.manifest
     labels = manifest.name, manifest.version, manifest.variant
     metrics.model_info.labels(*labels, info.name, info.precision, info.device).set(1)
     log.info("%s %s on %s", manifest.name, manifest.version, info.runtime)
-    return LoadedModel(engine, info, golden, max_batch_size, times.as_dict())
+    return LoadedModel(engine, info, warm.golden, warm.profile)
 
 
 def read_api_keys(path: Path | None) -> frozenset[str] | None:

@@ -81,6 +81,7 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self._requests: dict[tuple[str, int], Histogram] = {}
         stage_duration = Histogram(
             "metaserve_stage_duration_seconds",
             "Time an image spends in each stage.",
@@ -136,6 +137,14 @@ class Metrics:
             ("name", "version", "variant", "backend", "precision", "device"),
             registry=registry,
         )
+
+    def observe_request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request under its route template and status."""
+        child = self._requests.get((route, status))
+        if child is None:  # a lookup by labels costs more than the observation
+            child = self.request_duration.labels(route, str(status))
+            self._requests[route, status] = child
+        child.observe(seconds)
 
     def count_error(self, error: ServiceError) -> None:
         """Count a refusal, or an image that could not be used."""

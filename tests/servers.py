@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 import httpx
 
+from app.assemble import start_core
 from app.backends.base import Backend
 from app.backends.fake import FakeBackend
+from app.engine.base import Profile
 from app.engine.timing import ServiceTimes
 from app.http.app import create_app
 from app.http.state import LoadedModel, ServiceState
@@ -183,7 +185,9 @@ def running_service(
 def _load(state: ServiceState, backend: Backend, batch_seconds: Mapping[int, float]) -> LoadedModel:
     """Load a backend without a proof and a warm-up; it may be behind a gate."""
     times = ServiceTimes(batch_seconds)
-    return wire_model(state, backend, times, state.settings.max_batch_size, golden=None)
+    profile = Profile(times.as_dict(), state.settings.max_batch_size)
+    observer = state.metrics.batch_observer(backend.info.name)
+    return wire_model(state, start_core(state.settings, backend, times, profile, None, observer))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import app.main
+import app.assemble
 from app.backends.base import Backend
 from app.main import build_state, load_model
 from app.settings import Settings
@@ -23,7 +23,7 @@ def test_a_backend_that_fails_the_golden_check_is_closed(monkeypatch: pytest.Mon
     def select_backend(*_: object) -> Backend:
         return backend
 
-    monkeypatch.setattr(app.main, "select_backend", select_backend)
+    monkeypatch.setattr(app.assemble, "select_backend", select_backend)
     defaults: dict[str, Any] = {}
     state = build_state(Settings(**defaults))
     with pytest.raises(PackageError, match="does not reproduce the golden outputs"):

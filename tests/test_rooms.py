@@ -43,6 +43,13 @@ PLAN = {
         "app.backends.base",
     },
     "app.server": {"app.errors", "app.http.protocol", "app.http.state"},
+    "app.assemble": {
+        "models.package",
+        "app.backends",
+        "app.cpu",
+        "app.engine",
+        "app.settings",
+    },
     "app.first_use": {
         "app.signals",
         "models.cache",

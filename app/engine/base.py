@@ -30,6 +30,21 @@ class EngineStatus:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """What warm-up measured on this machine, and what follows from it.
+
+    Attributes:
+        batch_seconds: batch size -> seconds of a batch that has the machine to itself.
+        max_batch_size: the largest useful batch.
+        lanes: batches in flight that pay.
+    """
+
+    batch_seconds: dict[int, float]
+    max_batch_size: int
+    lanes: int = 1
+
+
+@dataclass(frozen=True)
 class GoldenCheck:
     """How this machine's answers to the golden images differ from torch in float32.
 
@@ -59,8 +74,13 @@ class Engine(Protocol):
         """
         ...
 
-    def check_admission(self, deadline: float) -> None:
+    def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `infer` would raise now, before any work is spent on an image.
+
+        Args:
+            deadline: absolute `time.monotonic()` seconds.
+            ahead_seconds: until the image could be handed in: the wait for a decoding thread, and
+                decoding. Part of the one estimate that is held against deadline and budget.
 
         Raises:
             Refused: too much waits already, or the engine closes.

@@ -112,15 +112,19 @@ class EngineCore:
             self._window.add(request)
             self._changed.notify()
 
-    def check_admission(self, deadline: float) -> None:
+    def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `submit` would raise now for a request with this deadline.
+
+        Args:
+            deadline: absolute, of the core's clock.
+            ahead_seconds: until the request could be submitted.
 
         Raises:
             Refused: the core is closing, or the predicted wait is too long.
             DeadlineExceeded: the deadline has passed already.
         """
         with self._changed:
-            self._admit(deadline)
+            self._admit(deadline, ahead_seconds)
 
     def cancel(self, request: Request) -> None:
         """Forget a request whose caller left; its place is free at once."""
@@ -165,13 +169,13 @@ class EngineCore:
         for request in waiting:
             request.answer(Draining(DRAINING))
 
-    def _admit(self, deadline: float) -> None:
+    def _admit(self, deadline: float, ahead_seconds: float = 0.0) -> None:
         if self._closing:
             raise Draining(DRAINING)
         time_left = deadline - self._clock()
         if time_left <= 0:
             raise DeadlineExceeded("the deadline passed before the image reached the queue")
-        wait = self._predicted_wait()
+        wait = ahead_seconds + self._predicted_wait()
         full = len(self._window) >= self._max_waiting
         too_long = (
             wait > self._queue_budget_seconds or wait + self._times.batch_seconds(1) > time_left

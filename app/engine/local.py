@@ -48,9 +48,9 @@ class LocalEngine:
             self._core.cancel(request)
             raise
 
-    def check_admission(self, deadline: float) -> None:
+    def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `infer` would raise now."""
-        self._core.check_admission(deadline)
+        self._core.check_admission(deadline, ahead_seconds=ahead_seconds)
 
     def status(self) -> EngineStatus:
         """Return how the engine fares."""

@@ -79,7 +79,7 @@ class ObserveRequests:
     def _record(self, scope: Scope, context: RequestContext, status: int) -> None:
         seconds = time.monotonic() - context.started_at
         route = getattr(scope.get("route"), "path", "unmatched")
-        self._state.metrics.request_duration.labels(route, str(status)).observe(seconds)
+        self._state.metrics.observe_request(route, status, seconds)
         level = logging.DEBUG if route in _QUIET_ROUTES and status < 400 else logging.INFO
         if access_log.isEnabledFor(level):
             access_log.log(

@@ -73,7 +73,7 @@ class Pipeline:
         """
         # Two batches keep the backend busy; a request with more images than that waits for itself
         # and is not refused for it.
-        places = asyncio.Semaphore(2 * self._model.max_batch_size)
+        places = asyncio.Semaphore(2 * self._model.profile.max_batch_size)
         # One decode a thread: the images of other callers come in between.
         turns = asyncio.Semaphore(self._state.pool.threads)
         tasks = [asyncio.ensure_future(self._outcome(item, places, turns)) for item in items]

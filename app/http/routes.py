@@ -160,9 +160,10 @@ async def models(state: StateDep) -> Response:
         precision=model.backend.precision,
         device=model.backend.device,
         runtime=model.backend.runtime,
-        max_batch_size=model.max_batch_size,
+        max_batch_size=model.profile.max_batch_size,
         batch_ms={
-            str(size): milliseconds(seconds) for size, seconds in model.batch_seconds.items()
+            str(size): milliseconds(seconds)
+            for size, seconds in model.profile.batch_seconds.items()
         },
         proof=schemas.Proof(
             export_max_abs_logit_difference=proof.max_abs_logit_difference,

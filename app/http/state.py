@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.backends.base import BackendInfo
-from app.engine.base import Engine, GoldenCheck
+from app.engine.base import Engine, GoldenCheck, Profile
 from app.errors import NotReady
 from app.http.pool import CpuPool
 from app.metrics import Metrics
@@ -21,15 +21,13 @@ class LoadedModel:
         engine: answers images.
         backend: what runs the network.
         golden: how this machine's answers differ from torch in float32; None for a fake.
-        max_batch_size: the largest useful batch, found at warm-up.
-        batch_seconds: batch size -> seconds, measured at warm-up.
+        profile: what warm-up measured.
     """
 
     engine: Engine
     backend: BackendInfo
     golden: GoldenCheck | None
-    max_batch_size: int
-    batch_seconds: dict[int, float]
+    profile: Profile
 
 
 @dataclass
