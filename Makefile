@@ -64,7 +64,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 # GPU and stands in for tensorrt; it is NVIDIA's, under NVIDIA's licence, and only tests use it.
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for tests: torch, onnx, timm (a few minutes, once) ..."
-	@$(PIP) --editable '.[cpu,export,triton,dev]' || { $(NOT_INSTALLED); }
+	@$(PIP) --editable '.[cpu,fast,export,triton,dev]' || { $(NOT_INSTALLED); }
 	@$(PIP) --no-deps timm torchvision || { $(NOT_INSTALLED); }
 	@$(PIP) tensorrt-rtx || { $(NOT_INSTALLED); }
 	@touch $(VENV)/.serve $(VENV)/.export $@

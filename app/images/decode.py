@@ -1,4 +1,4 @@
-"""Bytes of an image file -> an upright RGB image, whatever the bytes are; Pillow only.
+"""Bytes of an image file -> an upright image, RGB or grey, whatever the bytes are; Pillow only.
 
 Two promises: an image that can be read comes out as timm would see it (plain `convert("RGB")`),
 except where that would lose what a person sees (orientation, transparency, 16 bits); anything else
@@ -126,7 +126,7 @@ def decode_image(
             times as large is then decoded at 1/2, 1/4 or 1/8, never below twice `draft_size`.
 
     Returns:
-        Mode RGB. Transparency is on white, 16-bit grey is scaled to 8 bits.
+        Mode RGB, or L where the file is grey. Transparency is on white, 16 bits are scaled to 8.
 
     Raises:
         UnsupportedFormat: no image, or none of `FORMATS`, or with 32 bits a channel.
@@ -145,8 +145,8 @@ def decode_image(
             if draft_size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 image.draft("RGB", (2 * draft_size, 2 * draft_size))
             image.load()
-            rgb = _to_rgb(image, rawmode)
-            return RGBImage(_upright(rgb, image) if exif_orientation else rgb)
+            plain = _to_8_bits(image, rawmode)
+            return RGBImage(_upright(plain, image) if exif_orientation else plain)
     except (InvalidInput, MemoryError):  # within `max_pixels` it is our memory that is short
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -236,12 +236,12 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return str(args[0]) if isinstance(args, tuple) else str(args)
 
 
-def _to_rgb(image: Image.Image, rawmode: str) -> Image.Image:
+def _to_8_bits(image: Image.Image, rawmode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey_from_16_bits(image, rawmode).convert("RGB")
+        return _grey_from_16_bits(image, rawmode)
     if image.has_transparency_data:
         return _on_white(image, rawmode)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 def _grey_from_16_bits(image: Image.Image, rawmode: str) -> Image.Image:
@@ -271,9 +271,9 @@ def _on_white(image: Image.Image, rawmode: str) -> Image.Image:
     return white
 
 
-def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+def _upright(plain: Image.Image, source: Image.Image) -> Image.Image:
     try:
         method = _UPRIGHT.get(source.getexif().get(_ORIENTATION, 1))
     except Exception:  # the pixels are fine; a broken EXIF block is as good as none
         method = None
-    return rgb if method is None else rgb.transpose(method)
+    return plain if method is None else plain.transpose(method)

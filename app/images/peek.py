@@ -90,13 +90,13 @@ def _is_plain_jpeg(data: bytes) -> bool:
     frame = _jpeg_frame(data)
     if frame is None or frame[0] not in _SEQUENTIAL:
         return False
-    components, at = data[frame[2] + 9], 2
+    components, at = data[frame[2] + 9 : frame[2] + 10], 2
     for _ in range(_MAX_PARTS):
-        if data[at : at + 1] != b"\xff":
-            return False
-        marker, length = data[at + 1], _big(data, at + 2, 2)
+        marker, length = _big(data, at, 2) - 0xFF00, _big(data, at + 2, 2)
         if marker == _SOS:  # all components in one scan: what follows is read once
-            return data[at + 4] == components
+            return data[at + 4 : at + 5] == components
+        if marker < 0xC0:
+            return False
         if length > _MAX_EXTRA_BYTES and marker not in _TABLES:
             return False
         at += 2 + length

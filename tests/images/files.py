@@ -25,9 +25,11 @@ def decode(
     exif_orientation: bool = True,
     draft_size: int | None = None,
 ) -> RGBImage:
-    return decode_image(
+    image = decode_image(
         data, max_pixels=max_pixels, exif_orientation=exif_orientation, draft_size=draft_size
     )
+    assert image.mode in ("RGB", "L")
+    return RGBImage(image.convert("RGB"))
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:
