@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from app.types import Pixels, RGBImage
+from app.types import Box, Pixels, RGBImage
 from models.package import InputSpec
 
 _FILTERS = {
@@ -27,26 +27,31 @@ def needed_size(spec: InputSpec) -> int:
     return math.floor(spec.size / spec.crop_pct)
 
 
-def layout(size: Pair, spec: InputSpec) -> tuple[Pair, Pair]:
-    """Return (width, height) to resize an image of `size` to, and (left, top) of the crop."""
+def layout(size: tuple[float, float], spec: InputSpec) -> tuple[Pair, Pair]:
+    """Return (width, height) to resize a picture of `size` to, and (left, top) of the crop."""
     resized = _resized(size, needed_size(spec))
     return resized, (_offset(resized[0], spec.size), _offset(resized[1], spec.size))
 
 
-def prepare_image(image: RGBImage, spec: InputSpec) -> Pixels:
+def prepare_image(image: RGBImage, spec: InputSpec, box: Box | None = None) -> Pixels:
     """Resize the shorter side, then crop the centre.
 
     Args:
         image: any size; the caller bounds the aspect ratio, which the resize keeps.
         spec: side, crop and filter.
+        box: the part of the image that is the picture, where it is not all of it.
 
     Returns:
         uint8 (S, S, 3), RGB, 0..255, C-contiguous, read-only.
 
     Source: timm's transform is torchvision's `Resize` and `CenterCrop` on a Pillow image.
     """
-    size, corner = layout(image.size, spec)
-    return to_pixels(_resize_and_crop(image, size, corner, spec))
+    if box is None or box == (0, 0, *image.size):
+        size, corner = layout(image.size, spec)
+        return to_pixels(_resize_and_crop(image, size, corner, spec))
+    size, (left, top) = layout((box[2] - box[0], box[3] - box[1]), spec)
+    resized = image.resize(size, _FILTERS[spec.interpolation][0], box)
+    return to_pixels(resized.crop((left, top, left + spec.size, top + spec.size)))
 
 
 def to_pixels(image: Image.Image) -> Pixels:
@@ -93,7 +98,7 @@ def _rows_read(extent: int, resized: int, top: int, side: int, reach: float) -> 
     return max(first, 0), min(last, extent)
 
 
-def _resized(size: Pair, short: int) -> Pair:
+def _resized(size: tuple[float, float], short: int) -> Pair:
     """Return (width, height) with the shorter side `short`, the longer truncated.
 
     Source: torchvision/transforms/functional.py, `_compute_resized_output_size`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from app.errors import Overloaded, StartupError
@@ -61,18 +62,33 @@ def read_image(
         Overloaded: there is no memory for it now.
     """
     try:
-        image = decode_image(
+        image, box = decode_image(
             data,
             max_pixels=max_pixels,
             exif_orientation=exif_orientation,
-            draft_size=None if decode == "exact" else needed_size(spec),
+            draft_size=_draft_size(decode, spec),
         )
         if decode == "fast":
             from app.images.fast import prepare_fast
 
-            return prepare_fast(image, spec)
-        return prepare_image(image, spec)
+            return prepare_fast(image, spec, box)
+        return prepare_image(image, spec, box)
     except MemoryError as error:
         raise Overloaded(
             "the service is short of memory for this image; send it again later"
         ) from error
+
+
+def _draft_size(decode: Decode, spec: InputSpec) -> int | None:
+    """Return half of the shorter side to decode a JPEG at, at least; None for all of it.
+
+    Twice the needed size in `scaled`, one and a half times in `fast`: 12 megapixels for a network
+    of 224 then take 1/8 instead of 1/4, which saves a seventh of the time. See docs/decoding.md.
+    """
+    match decode:
+        case "exact":
+            return None
+        case "scaled":
+            return needed_size(spec)
+        case "fast":
+            return math.ceil(0.75 * needed_size(spec))

@@ -121,9 +121,26 @@ def test_exact_equals_timm_where_scaled_does_not() -> None:
 @pytest.mark.parametrize("encoder", ["grey jpeg", "grey png"])
 def test_a_grey_file_stays_one_channel_until_it_is_resized(encoder: str) -> None:
     data = ENCODERS[encoder](ramp(90, 60))
-    image = decode_image(data, max_pixels=10_000, exif_orientation=True, draft_size=None)
+    image, _ = decode_image(data, max_pixels=10_000, exif_orientation=True, draft_size=None)
     assert image.mode == "L"
     assert read(data, InputSpec(size=32), "exact").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["scaled", "fast"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1345, 897), (1351, 901), (899, 1201)])
+def test_a_reduced_size_that_was_rounded_up_moves_nothing(
+    size: tuple[int, int], orientation: int, mode: Decode
+) -> None:
+    # 897 rows at 1/2 are 449, the last one half padding. Taken for 449 whole rows, the picture is
+    # stretched by up to a quarter of a pixel: 45 levels at the edges of this photograph.
+    china = next(path for path in PHOTOGRAPHS if path.name == "china.jpg").read_bytes()
+    photo = as_a_person_sees_it(china).resize(size, Image.Resampling.BICUBIC)
+    data = turned(photo, orientation)
+    spec = InputSpec(size=224)
+    difference = np.abs(read(data, spec, mode).astype(int) - read(data, spec, "exact"))
+    assert 0 < difference.max() <= 14
+    assert difference.mean() < 0.7
 
 
 # -- fast ------------------------------------------------------------------------------------------
@@ -176,8 +193,8 @@ def test_fast_reads_turned_grey_and_cmyk_photographs_as_the_other_modes_do() -> 
     files += [encode(photo, "PNG"), encode(photo.resize((2000, 1400)), "JPEG")]
     for data in files:
         difference = np.abs(read(data, spec, "fast").astype(int) - read(data, spec, "scaled"))
-        assert difference.max() <= 8
-        assert difference.mean() < 0.4
+        assert difference.max() <= 20  # the last file is decoded at 1/8 here, at 1/4 there
+        assert difference.mean() < 1.5
 
 
 def test_fast_gives_the_exact_pixels_where_nothing_is_resized() -> None:
