@@ -69,6 +69,8 @@ def _resize_and_crop(image: Image.Image, size: Pair, corner: Pair, spec: InputSp
     A crop by Pillow's `box=` would move the grid: it is kept in single precision.
     """
     (width, height), (left, top), side = size, corner, spec.size
+    if size == image.size == (side, side):
+        return image
     if size == image.size:
         return image.crop((left, top, left + side, top + side))
     resample, reach = _FILTERS[spec.interpolation]
