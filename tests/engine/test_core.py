@@ -434,7 +434,8 @@ def test_a_predicted_wait_above_the_queue_budget_is_refused_with_when_to_come_ba
             core.check_admission(FAR_AHEAD)
         with pytest.raises(Overloaded) as refused:
             submit(core, 2)
-        assert check.value.retry_after_seconds == refused.value.retry_after_seconds == 3.0
+        for refusal in (check, refused):  # 3 s too long: by lot, not all at the same moment
+            assert refusal.value.retry_after_seconds in (3, 4, 5, 6)
         assert core.status().queue_depth == 1
     assert backend.seen == {0, 1}
 
@@ -446,7 +447,7 @@ def test_retry_after_is_never_less_than_a_second() -> None:
         hold_one(core, backend)
         with pytest.raises(Overloaded) as refused:
             core.check_admission(FAR_AHEAD)
-    assert refused.value.retry_after_seconds == 1.0
+    assert refused.value.retry_after_seconds in (1, 2)
 
 
 def test_an_answer_predicted_after_the_callers_deadline_is_refused_at_once() -> None:
