@@ -153,7 +153,7 @@ def wide_up_to(
     A lone image always has the machine to itself: its neighbour, if there is one, is not there yet.
     """
     most = 1
-    for waiting in range(2, lanes * lane_batch_size):
+    for waiting in range(2, min(lanes * lane_batch_size, wide_times.largest_useful() + 1)):
         a_lane = lane_times.batch_seconds(math.ceil(waiting / lanes))
         if wide_times.batch_seconds(waiting) > a_lane:
             break

@@ -113,8 +113,9 @@ class BatchWindow:
                 other times they have their chance: an estimate that is too high must not keep
                 everybody away from the backend, or nothing would ever correct it.
         """
-        is_over_budget = self.is_over_budget(now, batch_seconds)
-        end = now + batch_seconds if is_over_budget else math.nextafter(now, math.inf)
+        end = math.nextafter(now, math.inf)
+        if self.is_over_budget(now, batch_seconds):
+            end = max(end, now + batch_seconds)
         if self._earliest >= end:
             return []
         late = [request for request in self._waiting.values() if request.deadline < end]
