@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
@@ -198,6 +199,63 @@ def test_a_deadline_is_kept_by_an_image_inside_a_backend_that_hangs() -> None:
 
     with running(backend, clock=time.monotonic) as core:
         run(scenario(LocalEngine(core)))
+
+
+def test_every_deadline_is_kept_in_whatever_order_they_come_and_pass() -> None:
+    backend = WatchedBackend(shut=True)
+
+    async def scenario(engine: Engine) -> None:
+        plug = await hold_one(engine, backend)
+        now, passed = time.monotonic(), []
+
+        async def wait_for(milliseconds: int) -> None:
+            with pytest.raises(DeadlineExceeded):
+                await engine.infer(pixels_of(1), deadline=now + milliseconds / 1000)
+            assert time.monotonic() >= now + milliseconds / 1000
+            passed.append(milliseconds)
+
+        await asyncio.gather(*map(wait_for, [60, 20, 100, 20, 40]))
+        assert passed == [20, 20, 40, 60, 100]
+        assert engine.status().queue_depth == 0
+        backend.gate.set()
+        assert_row_of(0, await plug)
+
+    with running(backend, clock=time.monotonic) as core:
+        run(scenario(LocalEngine(core)))
+    assert backend.batches == [[0]]
+
+
+def test_requests_of_one_turn_of_the_loop_reach_an_idle_engine_in_one_batch() -> None:
+    backend = WatchedBackend()
+
+    async def scenario(engine: Engine) -> None:
+        for values in (range(8), range(8, 12)):
+            await asyncio.gather(*(infer(engine, value) for value in values))
+
+    with running(backend, max_batch_size=16, clock=time.monotonic) as core:
+        run(scenario(LocalEngine(core)))
+    assert backend.batches == [list(range(8)), list(range(8, 12))]
+
+
+def test_the_answers_of_one_batch_wake_the_loop_once() -> None:
+    backend = WatchedBackend()
+    wakes: list[str] = []
+
+    async def scenario(engine: Engine) -> None:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+
+        def counted(callback: Callable[..., Any], *args: Any, **kwargs: Any) -> asyncio.Handle:
+            wakes.append(threading.current_thread().name)
+            return wake(callback, *args, **kwargs)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign,assignment]
+        await asyncio.gather(*(infer(engine, value) for value in range(8)))
+
+    with running(backend, max_batch_size=8, clock=time.monotonic) as core:
+        run(scenario(LocalEngine(core)))
+    assert backend.batches == [list(range(8))]
+    assert [name for name in wakes if name.startswith("engine-")] == ["engine-0"]
 
 
 def test_a_deadline_in_the_past_is_refused_before_the_queue() -> None:
