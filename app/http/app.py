@@ -11,13 +11,12 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
 
 from app.http import health, routes
 from app.http.body import LimitBody
 from app.http.errors import install_error_handlers
-from app.http.middleware import CALLER_LEFT, ObserveRequests
-from app.http.pipeline import CallerLeft
+from app.http.hot import HotRoutes
+from app.http.middleware import ObserveRequests
 from app.http.state import ServiceState
 
 
@@ -47,6 +46,7 @@ def create_app(state: ServiceState) -> FastAPI:
         middleware=[
             Middleware(ObserveRequests, state=state),
             Middleware(LimitBody, state=state),
+            Middleware(HotRoutes, state=state, routes=routes.HOT),
         ],
     )
     app.state.service = state
@@ -59,11 +59,5 @@ def create_app(state: ServiceState) -> FastAPI:
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
         return RedirectResponse("docs")
-
-    @app.exception_handler(CallerLeft)
-    @app.exception_handler(ClientDisconnect)  # likewise, in the middle of the body
-    async def on_caller_left(request: object, _: Exception) -> Response:
-        state.metrics.requests_cancelled.inc()
-        return Response(status_code=CALLER_LEFT)
 
     return app

@@ -9,10 +9,11 @@ import asyncio
 import logging
 import time
 
-from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import DRAINING, Draining, Overloaded, ServiceError
+from app.http.caller import caller_of
 from app.http.context import PROBES, RequestContext, new_context
 from app.http.errors import error_response
 from app.http.state import ServiceState
@@ -39,21 +40,33 @@ class ObserveRequests:
             await self._app(scope, receive, send)
             return
         context = new_context(scope)
+        caller = caller_of(scope)
         status = CALLER_LEFT
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = context.request_id
+                headers = [*message["headers"], (b"x-request-id", context.request_id.encode())]
                 if self._state.draining:  # the next request should go to another instance
-                    headers["connection"] = "close"
+                    headers = [one for one in headers if one[0] != b"connection"]
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
             await send(message)
 
         try:
+            if caller is not None:
+                if caller.is_gone:
+                    raise ClientDisconnect
+                caller.task = asyncio.current_task()
             await self._app(scope, receive, send_marked)
+        except ClientDisconnect:
+            self._state.metrics.requests_cancelled.inc()
         except asyncio.CancelledError:
+            if caller is not None and caller.is_gone:
+                status = CALLER_LEFT
+                self._state.metrics.requests_cancelled.inc()
+                return
             # The server's last word at the end of a drain: the caller is still there.
             context.error_code = Draining.code
             if status == CALLER_LEFT:
