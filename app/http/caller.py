@@ -11,18 +11,57 @@ CALLER = "metaserve.caller"
 """The key in a request's scope."""
 
 
+class Corked:
+    """A transport that holds the head of a reply until its body comes: one system call, not two."""
+
+    __slots__ = ("_cycle", "_head", "_transport")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head: bytes | None = b""
+
+    def write(self, data: bytes) -> None:
+        """Write bytes; the first of a reply wait for the second."""
+        if not self._cycle.response_started or self._head is None:  # 100 Continue comes before
+            self._transport.write(data)
+        elif not self._head:
+            self._head = data
+        else:
+            data = self._head + data
+            self._head = None
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write a head that no body follows."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Close when everything is written."""
+        self.flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """Return whether nothing more can be written."""
+        return self._transport.is_closing()
+
+
 class Caller:
     """The caller of one request.
 
     Attributes:
         cycle: uvicorn's side of the request.
+        wire: takes the bytes of the reply.
         task: answers it; cancelled when the caller leaves.
     """
 
-    __slots__ = ("cycle", "task")
+    __slots__ = ("cycle", "task", "wire")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self.cycle = cycle
+        self.wire = Corked(cycle)
+        cycle.transport = self.wire  # type: ignore[assignment]
         self.task: asyncio.Task[object] | None = None
 
     @property

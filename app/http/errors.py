@@ -96,6 +96,18 @@ def answer_error(state: ServiceState, scope: Scope, error: ServiceError) -> Resp
     return error_response(error, context.request_id, state.settings.overload_status)
 
 
+def answer_fault(state: ServiceState, scope: Scope, fault: Exception) -> Response:
+    """Return the reply to a request that hit a fault of ours; the log says more than it."""
+    error: ServiceError
+    if isinstance(fault, MemoryError):
+        error = Overloaded("the service is short of memory; send the request again later")
+    else:
+        error = ServiceError("this is a fault of the service; its log says more")
+    context = context_of(scope)
+    context.error_code = error.code
+    return error_response(error, context.request_id, state.settings.overload_status)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of the family, and the framework's own, in the one shape."""
 
@@ -120,6 +132,10 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return await on_service_error(request, BadRequest(fault_in_words(error.errors()[0])))
 
+    async def on_fault(request: Request, fault: Exception) -> Response:
+        return answer_fault(request.app.state.service, request.scope, fault)
+
+    app.add_exception_handler(Exception, on_fault)  # the middleware sees the fault as well
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -12,10 +12,10 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import DRAINING, Draining, Overloaded, ServiceError
+from app.errors import DRAINING, Draining
 from app.http.caller import caller_of
 from app.http.context import PROBES, RequestContext, new_context
-from app.http.errors import error_response
+from app.http.errors import answer_fault, error_response
 from app.http.state import ServiceState
 
 access_log = logging.getLogger("metaserve.access")
@@ -72,20 +72,13 @@ class ObserveRequests:
             if status == CALLER_LEFT:
                 refusal = Draining(DRAINING)
                 await error_response(refusal, context.request_id)(scope, receive, send_marked)
-        except MemoryError:
-            log.error("request %s found too little memory", context.request_id)
-            context.error_code = Overloaded.code
+        except Exception as fault:
+            if isinstance(fault, MemoryError):
+                log.error("request %s found too little memory", context.request_id)
+            else:
+                log.exception("request %s hit a fault of ours", context.request_id)
             if status == CALLER_LEFT:
-                short = Overloaded("the service is short of memory; send the request again later")
-                overload_status = self._state.settings.overload_status
-                response = error_response(short, context.request_id, overload_status)
-                await response(scope, receive, send_marked)
-        except Exception:
-            log.exception("request %s hit a fault of ours", context.request_id)
-            context.error_code = ServiceError.code
-            if status == CALLER_LEFT:
-                fault = ServiceError("this is a fault of the service; its log says more")
-                await error_response(fault, context.request_id)(scope, receive, send_marked)
+                await answer_fault(self._state, scope, fault)(scope, receive, send_marked)
         finally:
             self._record(scope, context, status)
 

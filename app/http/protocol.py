@@ -108,6 +108,8 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the rest of this one."""
+        if self._caller is not None:
+            self._caller.wire.flush()
         super().on_response_complete()
         self._watch()
 
