@@ -15,6 +15,9 @@ from typing import Literal, TextIO
 
 import orjson
 
+MOST_LINES = 100
+"""How many waiting lines go out in one system call."""
+
 
 @lru_cache(maxsize=2)
 def _second(seconds: int) -> str:
@@ -101,21 +104,25 @@ class BackgroundHandler(logging.Handler):
         super().close()
 
     def _write(self) -> None:
-        while (item := self._lines.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
+        items: list[str | threading.Event | None] = []
+        while None not in items:
+            items = [self._lines.get()]
+            while len(items) < MOST_LINES and not self._lines.empty():  # nobody else takes any
+                items.append(self._lines.get())
             with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-                self._write_line(item + "\n")
+                self._write_text("".join(f"{line}\n" for line in items if isinstance(line, str)))
+            for written in items:
+                if isinstance(written, threading.Event):
+                    written.set()
 
-    def _write_line(self, line: str) -> None:
+    def _write_text(self, text: str) -> None:
         try:
             descriptor = self._stream.fileno()
         except (OSError, ValueError):  # a stream in memory
-            self._stream.write(line)
+            self._stream.write(text)
             return
         # Past the stream's buffer, whose lock a blocked writer would hold when the process ends.
-        rest = memoryview(line.encode("utf-8", "backslashreplace"))
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))
         while rest:
             rest = rest[os.write(descriptor, rest) :]
 
