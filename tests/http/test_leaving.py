@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -184,9 +185,9 @@ def test_tiny_images_are_decoded_in_place_others_and_several_in_threads(
 
 def test_decoding_and_the_wait_for_a_batch_are_one_estimate() -> None:
     backend = WatchedBackend(gate_open=False)
-    budgets = {"queue_budget_ms": 1e6, "request_timeout_ms": 1e6}
+    settings: dict[str, Any] = {"queue_budget_ms": 1e6, "request_timeout_ms": 1e6}
     with (
-        running_service(backend, batch_seconds={1: 20.0}, **budgets) as service,
+        running_service(backend, batch_seconds={1: 20.0}, **settings) as service,
         service.connect() as sock,
         service.connect() as refused,
     ):
