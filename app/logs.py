@@ -147,6 +147,10 @@ def configure_logs(level: str, log_format: LogFormat) -> None:
     handler.setFormatter(TextFormatter() if is_text(log_format, stream) else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    # No line of ours says which thread, process or source line wrote it; finding out takes longer
+    # than the rest of a record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the logging HOWTO has it
     # The server's own lines about starting and stopping say less than ours.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(max(logging.WARNING, logging.root.level))
