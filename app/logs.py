@@ -9,7 +9,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal, TextIO
@@ -78,6 +77,7 @@ class BackgroundHandler(logging.Handler):
         self._lines: queue.SimpleQueue[str | threading.Event | None] = queue.SimpleQueue()
         self._capacity = capacity
         self._dropped = 0
+        self._closing = threading.Event()
         self._writer = threading.Thread(target=self._write, name="logs", daemon=True)
         self._writer.start()
 
@@ -102,6 +102,7 @@ class BackgroundHandler(logging.Handler):
 
     def close(self) -> None:
         """Write what waits, for about a second at most, and end the thread."""
+        self._closing.set()
         self._lines.put(None)
         self._writer.join(1.0)
         super().close()
@@ -118,7 +119,7 @@ class BackgroundHandler(logging.Handler):
                 if isinstance(written, threading.Event):
                     written.set()
             # To be woken for each line costs whoever logs it more than the line.
-            time.sleep(PAUSE_SECONDS)
+            self._closing.wait(PAUSE_SECONDS)
 
     def _write_text(self, text: str) -> None:
         try:
