@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from app.http.body import LimitBody
 from app.http.middleware import ObserveRequests
 from app.http.protocol import protocol_class
 from app.http.routes import HOT
-from app.server import bind
 from tests.http.wire import encode, grey, parts, picture, text
 from tests.servers import WAIT_SECONDS, RunningService, running_service, wait_until
 
@@ -43,7 +43,7 @@ def slow_way(service: RunningService) -> Iterator[httpx.Client]:
         app, http=protocol_class(30.0), ws="none", lifespan="off", log_config=None
     )
     server = uvicorn.Server(config)
-    listener = bind("127.0.0.1", 0)
+    listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],), name="slow way", daemon=True)
     thread.start()
     try:
