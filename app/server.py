@@ -15,7 +15,7 @@ import time
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.errors import StartupError
 from app.http.protocol import protocol_class
@@ -56,7 +56,7 @@ def bind(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, but SIGTERM starts a drain and the process ends with 0."""
 
-    def __init__(self, app: FastAPI, state: ServiceState) -> None:
+    def __init__(self, app: ASGIApp, state: ServiceState) -> None:
         settings = state.settings
         super().__init__(
             uvicorn.Config(
