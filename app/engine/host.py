@@ -108,6 +108,7 @@ class EngineHost:
         self._bell.setblocking(False)
         self._has_rung = False
         self._is_stopping = False
+        self._is_over = False
         self._closer: threading.Thread | None = None
         self._published_at = 0.0
         self._has_changed = True
@@ -119,7 +120,7 @@ class EngineHost:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._alarm, selectors.EVENT_READ)
         try:
-            while not self._is_over():
+            while not self._is_over:
                 self._turn()
             self._say_farewell()
         finally:
@@ -199,10 +200,10 @@ class EngineHost:
         except BlockingIOError:
             return
         except WireError as error:
-            log.warning("%s is dropped: %s", desk.name, error)
+            log.warning("%s is dropped: %s", desk.name, str(error))
             self._drop(desk)
         except OSError as error:
-            log.info("%s is gone: %s", desk.name, error)
+            log.info("%s is gone: %s", desk.name, str(error))
             self._drop(desk)
         except Exception:  # a fault of ours: it must not cost the other workers their engine
             log.exception("%s is dropped", desk.name)
@@ -264,7 +265,7 @@ class EngineHost:
         except BlockingIOError:
             pass
         except OSError as error:
-            log.info("%s is gone: %s", desk.name, error)
+            log.info("%s is gone: %s", desk.name, str(error))
             self._drop(desk)
             return
         if len(unsent) > MAX_UNSENT_BYTES:
@@ -292,10 +293,8 @@ class EngineHost:
         try:
             self._core.close(self._close_timeout_seconds)
         finally:
+            self._is_over = True
             self._ring()
-
-    def _is_over(self) -> bool:
-        return self._closer is not None and not self._closer.is_alive()
 
     def _say_farewell(self) -> None:
         """Send the last answers to those who read them."""
@@ -305,4 +304,4 @@ class EngineHost:
             try:
                 desk.connection.sendall(desk.collect())
             except OSError as error:
-                log.info("%s is gone: %s", desk.name, error)
+                log.info("%s is gone: %s", desk.name, str(error))

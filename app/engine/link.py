@@ -158,7 +158,7 @@ class Link(asyncio.Protocol):
             ):
                 self._take(kind, code, slot, id, first, second)
         except WireError as error:
-            log.error("the engine process is left: %s", error)
+            log.error("the engine process is left: %s", str(error))
             assert self._transport is not None
             self._transport.abort()
         self._on_answers()
