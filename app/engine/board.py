@@ -76,6 +76,10 @@ class Board:
         """Tell whether an engine answers."""
         return bool(int(self._numbers(row)[6]) & _READY)
 
+    def age_seconds(self, row: int) -> float:
+        """Return how long ago an engine published."""
+        return time.monotonic() - self._numbers(row)[0]
+
     def read(self, row: int) -> EngineStatus:
         """Return how an engine fares; of one that stopped writing, how long it has been stalled."""
         beat_at, depth, in_flight, running, wait, stalled, flags = self._numbers(row)
@@ -86,10 +90,6 @@ class Board:
         text = self._memory[start + _TEXT_AT : start + _TEXT_AT + length]
         last_error = text.decode("utf-8", "replace") or None
         return EngineStatus(int(depth), int(in_flight), int(running), wait, stalled, last_error)
-
-    def silence_seconds(self, row: int) -> float:
-        """Return how long ago an engine wrote; the age of the clock where it never did."""
-        return time.monotonic() - self._numbers(row)[0]
 
     def close(self) -> None:
         """Unmap; the memory lives as long as another process has it."""

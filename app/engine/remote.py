@@ -163,7 +163,7 @@ class RemoteEngine:
         if not link.calls:
             return status
         # A host that is stopped while idle promised nothing on the board; these calls know better.
-        silence = self._board.silence_seconds(self._row)
+        silence = self._board.age_seconds(self._row)
         unanswered = min(time.monotonic() - link.progress_at, silence)
         return dataclasses.replace(status, stalled_seconds=max(status.stalled_seconds, unanswered))
 
