@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -18,8 +17,6 @@ from models.buckets import bucket_sizes
 from models.golden import golden_images
 from models.package import Package, PackageError
 from models.tolerances import ELSEWHERE, TOLERANCES, Precision
-
-log = logging.getLogger("metaserve.engine")
 
 # A run of a small network takes less than a millisecond, and another process on the same core takes
 # it away for several: the best of 50 ms is one that was left alone. A large network is not worth
@@ -111,11 +108,6 @@ def warm_up(
         if without_gain == 2:
             break
         best = min(best, times[size] / size)
-    log.info(
-        "warmed batches of %s; %d is the largest useful",
-        ", ".join(f"{size} ({seconds * 1e3:.2f} ms)" for size, seconds in times.items()),
-        ServiceTimes(times).largest_useful(),
-    )
     return ServiceTimes(times)
 
 
