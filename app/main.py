@@ -18,6 +18,7 @@ from app.first_use import locate_package
 from app.http.app import create_app
 from app.http.pool import CpuPool
 from app.http.state import LoadedModel, ServiceState
+from app.images.read import check_decoder
 from app.logs import configure_logs, is_text
 from app.metrics import Metrics
 from app.server import Server, bind
@@ -84,6 +85,7 @@ def build_state(settings: Settings) -> ServiceState:
         raise StartupError(
             "this version serves with METASERVE_WORKERS=1; run several replicas for more"
         )
+    check_decoder(settings.decode)
     relay = not is_text(settings.log_format, sys.stderr)
     package = open_package(locate_package(settings, log.info, relay))
     threads = settings.threads or cpu_limit()
