@@ -69,6 +69,11 @@ class Profile:
         ]
         return max(wide + narrow, default=0.0)
 
+    @property
+    def images_at_once(self) -> int:
+        """How many images one round of batches holds, in all lanes together."""
+        return max(self.max_batch_size, self.lanes * (self.lane_batch_size or self.max_batch_size))
+
     def __str__(self) -> str:
         """Say in one line what was learned."""
         parts = [

@@ -157,3 +157,16 @@ def test_the_profile_does_not_move_with_the_times_that_serving_follows(learn: Le
 
 def test_a_profile_of_nothing_measured_says_so() -> None:
     assert Profile({}, 8).images_per_second == 0.0
+
+
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        (Profile({1: 1.0}, 8), 8),
+        (Profile({1: 1.0}, 8, lanes=3), 24),
+        (Profile({1: 1.0}, 2, lanes=8, lane_batch_seconds={1: 1.0}, lane_batch_size=1), 8),
+        (Profile({1: 1.0}, 4, lanes=2, lane_batch_seconds={1: 1.0}, lane_batch_size=1), 4),
+    ],
+)
+def test_a_round_of_batches_fills_every_lane(profile: Profile, expected: int) -> None:
+    assert profile.images_at_once == expected
