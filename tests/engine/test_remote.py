@@ -209,6 +209,7 @@ def test_a_host_that_is_stopped_is_seen_as_stalled_and_goes_on_afterwards(place:
 
 def test_a_killed_worker_costs_the_others_nothing(place: Place) -> None:
     backend = WatchedBackend(shut=True)
+    gc.collect()  # what earlier tests left behind must not go in the middle of this one
     maps = slot_maps()
 
     async def scenario() -> None:
