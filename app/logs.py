@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
@@ -125,11 +126,19 @@ def is_text(log_format: LogFormat, stream: TextIO | None) -> bool:
     return log_format == "text" or (log_format == "auto" and stream is not None and stream.isatty())
 
 
-def configure_logs(level: str, log_format: LogFormat) -> None:
-    """Send every log line of the process to standard error in one form."""
+def configure_logs(level: str, log_format: LogFormat, process: str | None = None) -> None:
+    """Send every log line of the process to standard error in one form.
+
+    Args:
+        level: least severity.
+        log_format: for people or machines.
+        process: a field of every line, where a service has several processes.
+    """
     stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it stays open to the end
     handler = BackgroundHandler(stream)
     handler.setFormatter(TextFormatter() if is_text(log_format, stream) else JsonFormatter())
+    if process is not None:
+        handler.addFilter(_name_process(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     # The server's own lines about starting and stopping say less than ours.
@@ -137,6 +146,14 @@ def configure_logs(level: str, log_format: LogFormat) -> None:
     logging.getLogger("asyncio").setLevel(max(logging.WARNING, logging.root.level))
     # It warns of every body that is not well formed; the request's own line says so.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _name_process(process: str) -> Callable[[logging.LogRecord], bool]:
+    def name(record: logging.LogRecord) -> bool:
+        record.fields = {"process": process, **getattr(record, "fields", {})}
+        return True
+
+    return name
 
 
 def _printable(value: object) -> str:

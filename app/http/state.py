@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.backends.base import BackendInfo
-from app.engine.base import Engine, GoldenCheck, Profile
+from app.engine.base import Engine, EngineStatus, GoldenCheck, Profile
+from app.engine.board import Board
 from app.errors import NotReady
 from app.http.pool import CpuPool
 from app.metrics import Metrics
@@ -22,12 +24,14 @@ class LoadedModel:
         backend: what runs the network.
         golden: how this machine's answers differ from torch in float32; None for a fake.
         profile: what warm-up measured.
+        is_connected: whether the engine answers; one in this process always does.
     """
 
     engine: Engine
     backend: BackendInfo
     golden: GoldenCheck | None
     profile: Profile
+    is_connected: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -42,6 +46,7 @@ class ServiceState:
         api_keys: keys that are let in; None lets everybody in.
         loaded: the model, None while it loads.
         draining: SIGTERM came: still serving, no longer ready.
+        board: how the engines of all processes fare; None where this is the only process.
     """
 
     settings: Settings
@@ -51,6 +56,7 @@ class ServiceState:
     api_keys: frozenset[str] | None = None
     loaded: LoadedModel | None = None
     draining: bool = False
+    board: Board | None = None
 
     def model(self) -> LoadedModel:
         """Return the loaded model.
@@ -61,3 +67,13 @@ class ServiceState:
         if self.loaded is None:
             raise NotReady("the model is still loading; try again in a moment")
         return self.loaded
+
+    def stalled(self) -> EngineStatus | None:
+        """Return the status of an engine of the service that has made no progress for too long."""
+        statuses = [self.loaded.engine.status()] if self.loaded else []
+        if self.board is not None:
+            statuses += [self.board.read(row) for row in range(self.board.rows)]
+        worst = max(statuses, key=lambda status: status.stalled_seconds, default=None)
+        if worst is None or worst.stalled_seconds <= self.settings.stall_seconds:
+            return None
+        return worst

@@ -46,7 +46,7 @@ def refusing_start(env: dict[str, str], *args: str) -> Iterator[tuple[int, str]]
         ({"METASERVE_PORT": "http"}, (), "METASERVE_PORT='http' cannot be used"),
         ({}, ("--max-batch-size", "0"), "--max-batch-size='0' cannot be used"),
         ({"METASERVE_MODEL": "nosuch"}, (), "one of: caformer_digits"),
-        ({"METASERVE_WORKERS": "2"}, (), "METASERVE_WORKERS=1"),
+        ({"METASERVE_WORKERS": "0"}, (), "METASERVE_WORKERS='0' cannot be used"),
         (
             {"METASERVE_BACKEND": "triton", "METASERVE_TRITON_URL": "127.0.0.1:1"},
             ("--triton-wait-s", "0"),
