@@ -132,6 +132,11 @@ class EngineCore:
             request.gone = True
             self._window.remove(request)
 
+    def withdraw(self, request: Request) -> bool:
+        """Take back a request that still waits; False when it is answered, or about to be."""
+        with self._changed:
+            return self._window.remove(request)
+
     def status(self) -> EngineStatus:
         """Return how the core fares."""
         with self._changed:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +23,24 @@ SIDE = 4
 PATIENCE_SECONDS = 10.0
 FAR_AHEAD = 1e12
 
+T = TypeVar("T")
+
 Spoil = Callable[[list[int], Rows], Rows]
 """Takes a batch's values and its right answers; returns what the backend answers, or raises."""
+
+
+def run(scenario: Coroutine[Any, Any, T]) -> T:
+    """Run a scenario in a loop of its own; what goes wrong in the loop's callbacks counts."""
+    faults: list[dict[str, Any]] = []
+
+    async def within_patience() -> T:
+        asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+        async with asyncio.timeout(3 * PATIENCE_SECONDS):
+            return await scenario
+
+    result = asyncio.run(within_patience())
+    assert faults == []
+    return result
 
 
 def pixels_of(value: int) -> Pixels:
