@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.assemble import WarmCore, open_core
+from app.backends.base import BackendInfo
 from app.cpu import cpu_limit
 from app.engine.local import LocalEngine
 from app.errors import StartupError
@@ -58,7 +59,7 @@ def load_and_run(
     server: Server,
     listener: socket.socket,
     load: Callable[[], LoadedModel],
-    announce: Callable[[], None],
+    announce: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until a signal comes, while a thread loads the model.
 
@@ -135,13 +136,18 @@ def load_model(state: ServiceState) -> LoadedModel:
 
 def wire_model(state: ServiceState, warm: WarmCore) -> LoadedModel:
     """Put an engine around a core and show it in the metrics."""
-    metrics, info, manifest = state.metrics, warm.backend, state.package.manifest
     engine = LocalEngine(warm.core)
-    metrics.watch(engine.status, state.pool.wait_seconds)
+    state.metrics.watch(engine.status, state.pool.wait_seconds)
+    show_model(state, warm.backend)
+    return LoadedModel(engine, warm.backend, warm.golden, warm.profile)
+
+
+def show_model(state: ServiceState, info: BackendInfo) -> None:
+    """Say in metrics and log what is served, and on what."""
+    manifest = state.package.manifest
     labels = manifest.name, manifest.version, manifest.variant
-    metrics.model_info.labels(*labels, info.name, info.precision, info.device).set(1)
+    state.metrics.model_info.labels(*labels, info.name, info.precision, info.device).set(1)
     log.info("%s %s on %s", manifest.name, manifest.version, info.runtime)
-    return LoadedModel(engine, info, warm.golden, warm.profile)
 
 
 def read_api_keys(path: Path | None) -> frozenset[str] | None:

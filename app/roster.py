@@ -12,10 +12,12 @@ import struct
 from app.engine.board import shared_memory
 
 _WORD = struct.Struct("<Q")
+_WORDS = 3
+_PID, _RESTARTS, _CONNECTIONS = range(1, 1 + _WORDS)
 
 
 class Roster:
-    """Process ids and restarts; the supervisor writes, everybody reads.
+    """Process ids, restarts and connections; everybody reads.
 
     Args:
         descriptor: of `create`, inherited.
@@ -38,15 +40,25 @@ class Roster:
 
     def enter(self, row: int, pid: int) -> None:
         """Note that a process has started."""
-        self._write(1 + 2 * row, pid)
+        self._write(_PID + _WORDS * row, pid)
 
     def leave(self, row: int) -> None:
         """Note that it has ended."""
-        self._write(1 + 2 * row, 0)
+        self._write(_PID + _WORDS * row, 0)
+        self.count_connections(row, 0)
 
     def count_restart(self, row: int) -> None:
         """Note that it is to be started again."""
-        self._write(2 + 2 * row, self._read(2 + 2 * row) + 1)
+        word = _RESTARTS + _WORDS * row
+        self._write(word, self._read(word) + 1)
+
+    def count_connections(self, row: int, count: int) -> None:
+        """Note how many connections a process has open."""
+        self._write(_CONNECTIONS + _WORDS * row, count)
+
+    def connections(self, row: int) -> int:
+        """Return how many connections a process has open."""
+        return self._read(_CONNECTIONS + _WORDS * row)
 
     @property
     def supervisor(self) -> int:
@@ -58,7 +70,7 @@ class Roster:
         found: dict[str, list[int]] = {"supervisor": [self.supervisor]}
         for row in range(self._rows):
             pids = found.setdefault(self._role(row), [])
-            if pid := self._read(1 + 2 * row):
+            if pid := self._read(_PID + _WORDS * row):
                 pids.append(pid)
         return found
 
@@ -67,7 +79,7 @@ class Roster:
         found: dict[str, int] = {}
         for row in range(self._rows):
             role = self._role(row)
-            found[role] = found.get(role, 0) + self._read(2 + 2 * row)
+            found[role] = found.get(role, 0) + self._read(_RESTARTS + _WORDS * row)
         return found
 
     def close(self) -> None:
@@ -87,4 +99,4 @@ class Roster:
 
 
 def _size(rows: int) -> int:
-    return _WORD.size * (1 + 2 * rows)
+    return _WORD.size * (1 + _WORDS * rows)

@@ -8,10 +8,12 @@ import sys
 from functools import partial
 
 from app.engine.board import Board
+from app.engine.remote import RemoteEngine
 from app.errors import StartupError
 from app.http.app import create_app
+from app.http.state import LoadedModel
 from app.logs import configure_logs
-from app.main import build_state, end_in_spite_of_threads, load_and_run, load_model
+from app.main import build_state, end_in_spite_of_threads, load_and_run, load_model, show_model
 from app.metrics import Metrics
 from app.metrics_whole import keep_values_in_files, whole_registry
 from app.roster import Roster
@@ -51,10 +53,26 @@ def serve(settings: Settings, seat: Seat) -> None:
     state.board = board
     listener = socket.socket(fileno=seat.listener)
     app = create_app(state)
-    if seat.shares_engine:
-        raise NotImplementedError
-    server = WorkerServer(app, state, seat, board)
-    load_and_run(server, listener, partial(load_model, state), seat.report_ready)
+    if not seat.shares_engine:
+        server = WorkerServer(app, state, seat, board, roster)
+        load_and_run(server, listener, partial(load_model, state))
+        return
+    engine = RemoteEngine(
+        seat.engine_path,
+        board,
+        row=seat.workers,
+        queue_budget_seconds=settings.queue_budget_ms / 1000,
+    )
+
+    async def connect() -> None:
+        await engine.start()
+        greeting = await engine.until_ready()
+        show_model(state, greeting.info)
+        state.loaded = LoadedModel(
+            engine, greeting.info, greeting.golden, greeting.profile, lambda: engine.is_ready
+        )
+
+    WorkerServer(app, state, seat, board, roster, on_start=connect).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.http.state import ServiceState
 from app.metrics import with_wait
+from app.roster import Roster
 from app.seat import Seat
 from app.server import Server
 
@@ -34,7 +35,8 @@ class WorkerServer(Server):
         app: the application.
         state: of this process.
         seat: its place among the processes.
-        board: where all of them publish.
+        board: where all of them publish how they fare.
+        roster: where all of them count their connections.
         on_start: run once the loop turns.
     """
 
@@ -44,14 +46,17 @@ class WorkerServer(Server):
         state: ServiceState,
         seat: Seat,
         board: Board,
+        roster: Roster,
         on_start: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(app, state)
         self._seat = seat
         self._board = board
+        self._roster = roster
         self._on_start = on_start
         self._acceptor: Acceptor | None = None
         self._starting: asyncio.Future[None] | None = None
+        self._has_reported = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept from the shared port, in turn with the other processes."""
@@ -59,16 +64,22 @@ class WorkerServer(Server):
         assert sockets is not None
         (listener,) = sockets
         listener.setblocking(False)
-        self._acceptor = Acceptor(listener, self._new_protocol, self._may_accept)
+        self._acceptor = Acceptor(
+            listener, self._new_protocol, self._may_accept, self._has_most, self._count_connections
+        )
         asyncio.get_running_loop().add_reader(self._seat.life, self._outlive_supervisor)
         if self._on_start is not None:
             self._starting = asyncio.ensure_future(self._on_start())
 
     async def on_tick(self, counter: int) -> bool:
-        """Publish how this process fares; called ten times a second."""
+        """Publish how this process fares, and that it is ready; called ten times a second."""
         self.publish()
         if self._acceptor is not None:
+            self._count_connections()
             self._acceptor.update()
+        if self.state.loaded is not None and not self._has_reported:
+            self._has_reported = True
+            self._seat.report_ready()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -95,8 +106,23 @@ class WorkerServer(Server):
         """Tell whether callers should come here: not while another process is ready and we not."""
         if self.state.loaded is not None and self.state.loaded.is_connected():
             return True
-        others = (row for row in range(self._seat.workers) if row != self._seat.row)
-        return not any(self._board.is_ready(row) for row in others)
+        return not self._others_ready()
+
+    def _has_most(self) -> bool:
+        """Tell whether another process that is ready has fewer connections."""
+        own = self._connections()
+        return any(self._roster.connections(row) < own for row in self._others_ready())
+
+    def _others_ready(self) -> list[int]:
+        rows = range(self._seat.workers)
+        return [row for row in rows if row != self._seat.row and self._board.is_ready(row)]
+
+    def _connections(self) -> int:
+        arriving = self._acceptor.arriving if self._acceptor else 0
+        return len(self.server_state.connections) + arriving
+
+    def _count_connections(self) -> None:
+        self._roster.count_connections(self._seat.row, self._connections())
 
     def _new_protocol(self) -> asyncio.Protocol:
         protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]

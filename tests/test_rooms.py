@@ -52,6 +52,7 @@ PLAN = {
         "app.engine.board",
         "app.http.state",
         "app.metrics",
+        "app.roster",
         "app.seat",
         "app.server",
     },
