@@ -17,8 +17,10 @@ log = logging.getLogger("metaserve.server")
 
 # Out of descriptors or memory: the loop must not spin on a connection that cannot be taken.
 REST_SECONDS = 0.1
-# What an idle process needs to wake up is a tenth of it.
+# An idle process needs a tenth of it to wake up, one on a busy machine several times that: the
+# further ahead, the longer.
 HOLD_BACK_SECONDS = 0.001
+MOST_HOLD_BACKS = 5
 
 
 class Acceptor:
@@ -28,7 +30,7 @@ class Acceptor:
         listener: shared with other processes, non-blocking.
         new_protocol: makes what speaks on a connection.
         may_accept: whether this process should take connections now.
-        has_most: whether another process should go first.
+        lead: how many connections more than another process this one has.
         counted: told of each connection before it is served.
     """
 
@@ -37,13 +39,13 @@ class Acceptor:
         listener: socket.socket,
         new_protocol: Callable[[], asyncio.Protocol],
         may_accept: Callable[[], bool],
-        has_most: Callable[[], bool],
+        lead: Callable[[], int],
         counted: Callable[[], None],
     ) -> None:
         self._listener = listener
         self._new_protocol = new_protocol
         self._may_accept = may_accept
-        self._has_most = has_most
+        self._lead = lead
         self._counted = counted
         self._loop = asyncio.get_running_loop()
         self._is_open = False
@@ -74,9 +76,10 @@ class Acceptor:
         if not self._may_accept():
             self.update()
             return
-        if self._has_most() and not self._has_held_back:
+        lead = self._lead()
+        if lead > 0 and not self._has_held_back:
             self._has_held_back = True
-            self._rest(HOLD_BACK_SECONDS)
+            self._rest(HOLD_BACK_SECONDS * min(lead, MOST_HOLD_BACKS))
             return
         self._has_held_back = False
         try:

@@ -26,6 +26,8 @@ log = logging.getLogger("metaserve.server")
 
 # Beyond the drain timeout, when nobody is left to kill this process.
 GRACE_SECONDS = 5.0
+# A process publishes ten times a second; one that has not for so long takes no connections.
+STUCK_SECONDS = 1.0
 
 
 class WorkerServer(Server):
@@ -65,7 +67,7 @@ class WorkerServer(Server):
         (listener,) = sockets
         listener.setblocking(False)
         self._acceptor = Acceptor(
-            listener, self._new_protocol, self._may_accept, self._has_most, self._count_connections
+            listener, self._new_protocol, self._may_accept, self._lead, self._count_connections
         )
         asyncio.get_running_loop().add_reader(self._seat.life, self._outlive_supervisor)
         if self._on_start is not None:
@@ -108,14 +110,19 @@ class WorkerServer(Server):
             return True
         return not self._others_ready()
 
-    def _has_most(self) -> bool:
-        """Tell whether another process that is ready has fewer connections."""
-        own = self._connections()
-        return any(self._roster.connections(row) < own for row in self._others_ready())
+    def _lead(self) -> int:
+        """Return how many connections more this process has than one that could take the next."""
+        counts = [self._roster.connections(row) for row in self._others_ready()]
+        return self._connections() - min(counts) if counts else 0
 
     def _others_ready(self) -> list[int]:
-        rows = range(self._seat.workers)
-        return [row for row in rows if row != self._seat.row and self._board.is_ready(row)]
+        """Return the other workers that are ready, and not stuck since."""
+        rows = (row for row in range(self._seat.workers) if row != self._seat.row)
+        return [
+            row
+            for row in rows
+            if self._board.is_ready(row) and self._board.age_seconds(row) < STUCK_SECONDS
+        ]
 
     def _connections(self) -> int:
         arriving = self._acceptor.arriving if self._acceptor else 0

@@ -76,6 +76,10 @@ class Board:
         """Tell whether an engine answers."""
         return bool(int(self._numbers(row)[6]) & _READY)
 
+    def age_seconds(self, row: int) -> float:
+        """Return how long ago an engine published."""
+        return time.monotonic() - self._numbers(row)[0]
+
     def read(self, row: int) -> EngineStatus:
         """Return how an engine fares; of one that stopped writing, how long it has been stalled."""
         beat_at, depth, in_flight, running, wait, stalled, flags = self._numbers(row)
