@@ -181,7 +181,9 @@ class EngineHost:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except BlockingIOError:  # it left before its turn came
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                log.warning("an HTTP process cannot be let in: %s", str(error))
             return
         connection.setblocking(False)
         desk = WorkerDesk(connection, self._core, self._ring)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import uvloop
 
 from app.backends.base import BackendInfo
 from app.engine.base import Engine
@@ -70,6 +71,22 @@ def test_images_of_two_workers_share_a_batch(place: Place) -> None:
     with running(backend, clock=time.monotonic) as core, hosted(place, core, backend):
         run(scenario())
     assert [set(batch) for batch in backend.batches] == [{0}, {1, 2, 3, 4}]
+
+
+def test_a_loop_of_uvloop_is_served_and_reconnects_as_well(place: Place) -> None:
+    first = place.start_host(holds=True)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(3 * PATIENCE_SECONDS), connected(place) as engine:
+            tasks = [ask(engine, value) for value in range(3)]
+            await until(lambda: place.in_flight() > 0, "a batch runs")
+            first.kill()
+            await until(lambda: not engine.is_ready, "readiness goes off")
+            place.start_host()
+            for value, task in enumerate(tasks):
+                assert_row_of(value, await task)
+
+    uvloop.run(scenario())
 
 
 def test_a_new_host_answers_what_a_killed_one_left(place: Place) -> None:
