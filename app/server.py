@@ -14,7 +14,7 @@ import time
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.http.protocol import protocol_class
 from app.http.state import ServiceState
@@ -31,7 +31,7 @@ GRACE_SECONDS = 2.0
 class Server(uvicorn.Server):
     """uvicorn, but SIGTERM starts a drain and the process ends with 0."""
 
-    def __init__(self, app: FastAPI, state: ServiceState) -> None:
+    def __init__(self, app: ASGIApp, state: ServiceState) -> None:
         settings = state.settings
         super().__init__(
             uvicorn.Config(

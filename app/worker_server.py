@@ -11,7 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.acceptor import Acceptor
 from app.engine.base import EngineStatus
@@ -44,7 +44,7 @@ class WorkerServer(Server):
 
     def __init__(
         self,
-        app: FastAPI,
+        app: ASGIApp,
         state: ServiceState,
         seat: Seat,
         board: Board,
