@@ -178,11 +178,11 @@ class Supervisor:
         with suppress(BlockingIOError):
             for number in signals.recv(4096):
                 if number in (signal.SIGTERM, signal.SIGINT):
+                    log.info("%s: passing it on", signal.Signals(number).name)
                     self._stop(signal.Signals(number))
 
     def _stop(self, number: signal.Signals) -> None:
         """Pass a signal on to the workers; a second SIGTERM skips their drain delay."""
-        log.info("%s: stopping %d processes", number.name, sum(1 for c in self._children if c.pid))
         delay = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
         if self._is_stopping:
             delay = 0.0
