@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 NOT_INSTALLED := echo "metaserve could not install its packages (see above); check that this \
 machine reaches a package index, then run make again" >&2; exit 2
 
-.PHONY: help serve test lint types format docs export-tools bench-gpu bench-graph clean
+.PHONY: help serve test lint types format docs export-tools bench-gpu bench-graph bench-decoding clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ bench-gpu: $(VENV)/.export ## check and time every backend on a GPU; see docs/be
 bench-graph: $(VENV)/.test ## the exported graph against timm's own export (ten minutes, an idle machine)
 	@$(BIN)/python -m benchmarks.graph
 
+bench-decoding: $(VENV)/.test ## what reading an image costs and how exact it is (five minutes, an idle machine)
+	@$(BIN)/python -m benchmarks.decoding
+
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) $(TRITON_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
@@ -64,7 +67,7 @@ $(VENV)/.export: pyproject.toml constraints.txt | $(BIN)/python
 # GPU and stands in for tensorrt; it is NVIDIA's, under NVIDIA's licence, and only tests use it.
 $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Setting up $(VENV) for tests: torch, onnx, timm (a few minutes, once) ..."
-	@$(PIP) --editable '.[cpu,export,triton,dev]' || { $(NOT_INSTALLED); }
+	@$(PIP) --editable '.[cpu,fast,export,triton,dev]' || { $(NOT_INSTALLED); }
 	@$(PIP) --no-deps timm torchvision || { $(NOT_INSTALLED); }
 	@$(PIP) tensorrt-rtx || { $(NOT_INSTALLED); }
 	@touch $(VENV)/.serve $(VENV)/.export $@

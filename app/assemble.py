@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from app.backends.base import Backend, BackendInfo
@@ -9,11 +10,14 @@ from app.backends.select import select_backend
 from app.cpu import cpu_limit
 from app.engine.base import GoldenCheck, Profile
 from app.engine.core import BatchObserver, EngineCore
+from app.engine.lanes import Learned, NarrowLanes, learn_lanes
 from app.engine.loading import check_golden, warm_up
-from app.engine.timing import ServiceTimes
+from app.engine.timing import ServiceTimes, padding_pays_from
 from app.engine.window import BatchWindow
 from app.settings import Settings
 from models.package import Package
+
+log = logging.getLogger("metaserve.engine")
 
 
 @dataclass(frozen=True)
@@ -43,16 +47,12 @@ def open_core(settings: Settings, package: Package, observer: BatchObserver) -> 
     package.check_files()
     # Read now, so that a wrong file stops the start and not a request.
     _ = package.labels, package.wordnet_ids
-    backend = select_backend(settings, package, settings.threads or cpu_limit())
-    try:
-        golden = check_golden(backend, package) if backend.info.runs_package else None
-        limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
-        times = warm_up(backend, limit)
-    except BaseException:
-        backend.close()
-        raise
-    profile = Profile(times.as_dict(), times.largest_useful(), backend.info.batches_in_flight)
-    return start_core(settings, backend, times, profile, golden, observer)
+    learned, golden = _warm_backend(settings, package)
+    profile = profile_of(learned)
+    log.info("%s", profile)
+    return start_core(
+        settings, learned.backend, learned.times, profile, golden, observer, learned.narrow
+    )
 
 
 def start_core(
@@ -62,8 +62,55 @@ def start_core(
     profile: Profile,
     golden: GoldenCheck | None,
     observer: BatchObserver,
+    narrow: NarrowLanes | None = None,
 ) -> WarmCore:
     """Start a core over a warm backend."""
-    window = BatchWindow(profile.max_batch_size, settings.max_wait_ms / 1000)
-    core = EngineCore(backend, window, times, settings.queue_budget_ms / 1000, observer)
+    budget_seconds = settings.queue_budget_ms / 1000
+    window = BatchWindow(
+        profile.max_batch_size,
+        settings.max_wait_ms / 1000,
+        budget_seconds=budget_seconds,
+        pads_from=profile.pads_from,
+    )
+    core = EngineCore(backend, window, times, budget_seconds, observer, narrow=narrow)
     return WarmCore(core, backend.info, golden, profile)
+
+
+def profile_of(learned: Learned) -> Profile:
+    """Put into words and numbers what warm-up found, before serving moves the times."""
+    info, times, narrow = learned.backend.info, learned.times, learned.narrow
+    return Profile(
+        times.as_dict(),
+        times.largest_useful(),
+        lanes=narrow.lanes if narrow else info.batches_in_flight,
+        threads=info.threads,
+        lane_batch_seconds=narrow.times.as_dict() if narrow else {},
+        lane_batch_size=narrow.max_batch_size if narrow else 0,
+        wide_up_to=narrow.wide_up_to if narrow else 0,
+        pads_from=padding_pays_from(times.as_dict(), info.prepared_sizes or ()),
+    )
+
+
+def _warm_backend(settings: Settings, package: Package) -> tuple[Learned, GoldenCheck | None]:
+    """Open the backend, check its answers, and learn its batch sizes and lanes."""
+    threads = settings.threads or cpu_limit()
+
+    def open_backend(threads: int) -> tuple[Backend, GoldenCheck | None]:
+        backend = select_backend(settings, package, threads)
+        try:
+            return backend, check_golden(backend, package) if backend.info.runs_package else None
+        except BaseException:
+            backend.close()
+            raise
+
+    backend, golden = open_backend(threads)
+    try:
+        limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
+        times = warm_up(backend, limit)
+        lanes = settings.lanes or threads
+        if backend.info.threads in (None, 1) or lanes == 1:
+            return Learned(backend, times), golden
+        return learn_lanes(backend, times, lambda: open_backend(1)[0], lanes, limit), golden
+    except BaseException:
+        backend.close()
+        raise

@@ -25,6 +25,9 @@ Codes are stable and the same on the wire; statuses stand in `http/errors.py` al
 
 from __future__ import annotations
 
+import math
+import random
+
 DRAINING = "the service is stopping; send the request to another instance"
 
 
@@ -148,6 +151,20 @@ class InferenceFailed(ServiceError):
 
 class StartupError(Exception):
     """The service or a command cannot start; the message is one sentence that says what to do."""
+
+
+def retry_after_seconds(excess_seconds: float) -> int:
+    """Return when a refused caller should come back: whole seconds, drawn by lot.
+
+    Evenly among the whole seconds from the excess to twice as much, and at least 1. Callers that
+    were refused together would all come back together if told the same; the header carries whole
+    seconds, so the lot is drawn among those and not before rounding.
+
+    Args:
+        excess_seconds: by which the predicted wait is too long.
+    """
+    least = max(math.ceil(excess_seconds), 1)
+    return random.randint(least, 2 * least)
 
 
 def first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ from app.first_use import locate_package
 from app.http.app import create_app
 from app.http.pool import CpuPool
 from app.http.state import LoadedModel, ServiceState
+from app.images.read import check_decoder
 from app.listener import bind, url_of, what_to_type
 from app.logs import is_text
 from app.metrics import Metrics
@@ -111,6 +112,7 @@ def build_state(settings: Settings, metrics: Metrics | None = None) -> ServiceSt
         PackageError: there is no such package.
         SystemExit: it was to be exported on first use, and that failed or was ended.
     """
+    check_decoder(settings.decode)
     relay = not is_text(settings.log_format, sys.stderr)
     package = open_package(locate_package(settings, log.info, relay))
     threads = settings.threads or cpu_limit()

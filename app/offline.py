@@ -12,7 +12,7 @@ from app.cpu import cpu_limit
 from app.engine.loading import check_golden
 from app.first_use import locate_package
 from app.images.rank import normalise, rank
-from app.images.read import read_image
+from app.images.read import check_decoder, read_image
 from app.settings import Settings
 from app.types import Rows
 from models.package import open_package
@@ -31,6 +31,7 @@ class OfflineModel:
     """
 
     def __init__(self, settings: Settings) -> None:
+        check_decoder(settings.decode)
         self._settings = settings
         self._package = open_package(locate_package(settings, _say, relay=False))
         self._package.check_files()
@@ -67,7 +68,7 @@ class OfflineModel:
             exif_orientation=self._settings.exif_orientation,
             decode=self._settings.decode,
         )
-        return self._backend.run(pixels[np.newaxis])
+        return self._backend.run(np.stack([pixels]))
 
     def _json(self, fields: dict[str, object]) -> bytes:
         manifest = self._package.manifest

@@ -121,16 +121,23 @@ class Settings(BaseSettings):
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
         64_000_000, description="Most pixels an image may have, read from its header."
     )
-    decode: Literal["scaled", "exact"] = Field(
+    decode: Literal["exact", "scaled", "fast"] = Field(
         "scaled",
         description="`scaled` decodes a JPEG much larger than needed at reduced size; `exact` "
-        "never does.",
+        "never does; `fast` does, and resizes with the extra `fast`, a few levels from timm.",
     )
     exif_orientation: bool = Field(
         True, description="Turn photographs upright as their EXIF data says."
     )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="CPU threads of the backend and of decoding; 0 takes the container's limit."
+    )
+    lanes: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0,
+        description="Batches of one thread that the onnxruntime backend may run side by side on a "
+        "CPU; kept where warm-up finds that they answer at least 5 % more images a second than "
+        "batches on all threads. 0 tries as many as there are threads. They hold the weights a "
+        "second time in memory; 1 never does.",
     )
     stall_seconds: Annotated[float, Field(gt=0)] = Field(
         60.0, description="Liveness fails when work waits and nothing completes for this long."

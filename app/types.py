@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 RGBImage = NewType("RGBImage", Image.Image)
-"""A decoded image: mode RGB, 8 bits a channel, any size."""
+"""A decoded image of any size: mode RGB, or L, whose one channel stands for three equal ones."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, in pixels of an image."""
 
 Pixels = NDArray[np.uint8]
 """uint8 (S, S, 3), RGB, 0..255, C-contiguous."""

@@ -125,6 +125,7 @@ HEAVY = {
     "tensorrt_rtx": {"models.tensorrt"},
     "tritonclient": {"app.backends.triton_connection", "export.triton"},
     "grpc": set[str](),
+    "cykooz_resizer": {"app.images.fast"},
     "timm": set[str](),
     "torchvision": set[str](),
     "sklearn": set[str](),

@@ -24,6 +24,10 @@ class BackendInfo:
         embedding_dim: length of an embedding row.
         batches_in_flight: how many batches may run at once, each in a thread of its own.
         max_batch_size: images a batch may hold at most; None where only memory sets a limit.
+        threads: CPU threads that one `run` uses, where that is this backend's own to choose and
+            several of its kind can run side by side; None elsewhere.
+        prepared_sizes: rising; a batch is padded to the next of them. None where it runs as large
+            as it is.
         runs_package: whether the answers are the package's network's; those of a fake are not,
             and its golden outputs say nothing about them.
     """
@@ -37,6 +41,8 @@ class BackendInfo:
     embedding_dim: int
     batches_in_flight: int = 1
     max_batch_size: int | None = None
+    threads: int | None = None
+    prepared_sizes: tuple[int, ...] | None = None
     runs_package: bool = True
 
 

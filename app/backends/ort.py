@@ -97,6 +97,8 @@ class OnnxRuntimeBackend:
             classes=manifest.classes,
             embedding_dim=manifest.embedding_dim,
             max_batch_size=None if chosen == CPU else max_batch_size,
+            threads=threads if chosen == CPU else None,
+            prepared_sizes=None if chosen == CPU else plan.sizes,
         )
 
     def run(self, batch: Batch, deadline: float = math.inf) -> Rows:

@@ -93,6 +93,7 @@ class TorchBackend:
             classes=manifest.classes,
             embedding_dim=manifest.embedding_dim,
             max_batch_size=max_batch_size if path.prepares_sizes else None,
+            prepared_sizes=sizes if path.prepares_sizes else None,
         )
 
     def run(self, batch: Batch, deadline: float = math.inf) -> Rows:

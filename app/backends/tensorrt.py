@@ -55,6 +55,7 @@ class TensorRTBackend:
             classes=manifest.classes,
             embedding_dim=manifest.embedding_dim,
             max_batch_size=sizes[-1],
+            prepared_sizes=sizes,
         )
 
     def run(self, batch: Batch, deadline: float = math.inf) -> Rows:

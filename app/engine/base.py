@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from app.backends.base import threads_in_words
 from app.types import Pixels, Row
 
 
@@ -37,11 +38,62 @@ class Profile:
         batch_seconds: batch size -> seconds of a batch that has the machine to itself.
         max_batch_size: the largest useful batch.
         lanes: batches in flight that pay.
+        threads: CPU threads of a batch that has the machine to itself; None where the backend
+            decides.
+        lane_batch_seconds: batch size -> seconds of a batch of one thread while every lane runs
+            one; empty where such lanes do not pay.
+        lane_batch_size: the largest useful batch of a lane.
+        wide_up_to: most waiting images that an idle engine answers in one batch which has the
+            machine to itself; more go to the lanes. Of no meaning without lanes.
+        pads_from: size the device prepared -> images from which padding up to it pays; empty where
+            a batch runs as large as it is.
     """
 
     batch_seconds: dict[int, float]
     max_batch_size: int
     lanes: int = 1
+    threads: int | None = None
+    lane_batch_seconds: dict[int, float] = field(default_factory=dict)
+    lane_batch_size: int = 0
+    wide_up_to: int = 0
+    pads_from: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def images_per_second(self) -> float:
+        """What the backend can do at most, 0 where nothing was measured."""
+        wide = [size / seconds for size, seconds in self.batch_seconds.items() if seconds]
+        narrow = [
+            self.lanes * size / seconds
+            for size, seconds in self.lane_batch_seconds.items()
+            if seconds
+        ]
+        return max(wide + narrow, default=0.0)
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images one round of batches holds, in all lanes together."""
+        return max(self.max_batch_size, self.lanes * (self.lane_batch_size or self.max_batch_size))
+
+    def __str__(self) -> str:
+        """Say in one line what was learned."""
+        parts = [
+            f"batches of {_milliseconds(self.batch_seconds)}"
+            + (f" on {threads_in_words(self.threads)}" if self.threads else ""),
+            f"{self.max_batch_size} is the largest useful",
+        ]
+        if self.lane_batch_seconds:
+            parts.append(
+                f"{self.lanes} lanes of 1 thread with batches of "
+                f"{_milliseconds(self.lane_batch_seconds)} for more than {self.wide_up_to} waiting"
+            )
+        elif self.lanes > 1:
+            parts.append(f"{self.lanes} in flight")
+        parts += [f"padded to {size} from {least}" for size, least in self.pads_from.items()]
+        return f"{'; '.join(parts)}; {self.images_per_second:.4g} images/s"
+
+
+def _milliseconds(batch_seconds: dict[int, float]) -> str:
+    return ", ".join(f"{size} ({one * 1e3:.2f} ms)" for size, one in batch_seconds.items())
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,6 @@ class Board:
         last_error = text.decode("utf-8", "replace") or None
         return EngineStatus(int(depth), int(in_flight), int(running), wait, stalled, last_error)
 
-    def silence_seconds(self, row: int) -> float:
-        """Return how long ago an engine wrote; the age of the clock where it never did."""
-        return time.monotonic() - self._numbers(row)[0]
-
     def close(self) -> None:
         """Unmap; the memory lives as long as another process has it."""
         self._memory.close()

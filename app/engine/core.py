@@ -1,9 +1,12 @@
 """EngineCore: a window, a backend, a thread per batch in flight; requests in, replies out.
 
-    submit --> BatchWindow --> thread --> backend.run --> one reply a request
-                   |                          |
-                late, gone              failed: halves are run again, until the
-             leave here unseen          one image that breaks them stands alone
+    submit --> BatchWindow --> thread --> Answering --> one reply a request
+                   |
+          late, gone: leave here unseen
+
+Where lanes of one thread pay (see `lanes`), an idle core answers a few images in one wide batch
+that has the machine to itself, and more in narrow ones side by side. The two never run at once;
+neither waits for the other longer than what runs already.
 
 No asyncio here: the same core serves a process of its own.
 """
@@ -14,23 +17,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from app.backends.base import Backend
+from app.engine.answering import Answering
 from app.engine.base import EngineStatus
+from app.engine.lanes import NarrowLanes
 from app.engine.timing import ServiceTimes
-from app.engine.window import BatchWindow, Request
+from app.engine.window import BatchWindow, Request, answer_together
 from app.errors import (
     DRAINING,
     DeadlineExceeded,
     Draining,
-    InferenceFailed,
     Overloaded,
     ServiceError,
+    retry_after_seconds,
 )
-from app.types import Row, Rows
 
 log = logging.getLogger("metaserve.engine")
 
@@ -50,6 +56,25 @@ class BatchObserver(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """A way to run batches: wide or narrow."""
+
+    answering: Answering
+    times: ServiceTimes
+    max_batch_size: int
+    lanes: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """A batch in the backend."""
+
+    way: _Way
+    size: int
+    started_at: float
+
+
 class EngineCore:
     """Batches requests and answers each exactly once.
 
@@ -60,6 +85,7 @@ class EngineCore:
         queue_budget_seconds: longest predicted wait at which a request is admitted.
         observer: hears of batches.
         clock: absolute seconds; the clock of deadlines.
+        narrow: lanes of one thread, where they pay; closed with the core.
     """
 
     def __init__(
@@ -70,32 +96,46 @@ class EngineCore:
         queue_budget_seconds: float,
         observer: BatchObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        narrow: NarrowLanes | None = None,
     ) -> None:
-        self._backend = backend
         self._window = window
-        self._times = times
         self._queue_budget_seconds = queue_budget_seconds
         self._observer = observer
         self._clock = clock
         info = backend.info
         self._image_shape = (info.input_size, info.input_size, 3)
         self._max_waiting = max(QUEUE_BYTES // (3 * info.input_size**2), window.max_batch_size)
-        self._lanes = info.batches_in_flight
+        in_flight = info.batches_in_flight
+        self._wide = self._way(backend, times, window.max_batch_size, in_flight)
+        self._narrow: _Way | None = None
+        self._wide_up_to = 0
+        # Of each a backend once, also where wide and narrow share it.
+        self._backends = {id(backend): backend}
+        if narrow is not None:
+            size, in_flight = narrow.max_batch_size, narrow.lanes
+            self._narrow = self._way(narrow.backend, narrow.times, size, in_flight)
+            self._wide_up_to = narrow.wide_up_to
+            self._backends[id(narrow.backend)] = narrow.backend
         self._changed = threading.Condition()  # guards everything below
         self._closing = False
-        self._in_flight = 0
-        self._running_batches = 0
+        self._running: list[_Running] = []
+        self._idle_threads = 0
         self._progress_at = clock()
         self._last_error: str | None = None
         self._threads = [
             threading.Thread(target=self._serve, name=f"engine-{lane}", daemon=True)
-            for lane in range(self._lanes)
+            for lane in range(in_flight)
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, *, announce: bool = True) -> None:
         """Let a request wait for its batch; returns at once.
+
+        Args:
+            request: with pixels as the backend takes them.
+            announce: wake an idle core now. Whoever has several requests says so with the last,
+                or calls `announce` after it, and they leave in one batch.
 
         Raises:
             ValueError: the pixels have another shape or type than the backend takes.
@@ -110,7 +150,15 @@ class EngineCore:
             if not self._pending():
                 self._progress_at = self._clock()
             self._window.add(request)
-            self._changed.notify()
+        if announce:
+            self.announce()
+
+    def announce(self) -> None:
+        """Wake an idle core for what was submitted."""
+        # A thread that is not idle looks at the window before it becomes so.
+        if self._idle_threads:
+            with self._changed:
+                self._changed.notify()
 
     def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `submit` would raise now for a request with this deadline.
@@ -140,12 +188,13 @@ class EngineCore:
     def status(self) -> EngineStatus:
         """Return how the core fares."""
         with self._changed:
+            now = self._clock()
             return EngineStatus(
                 queue_depth=len(self._window),
-                in_flight=self._in_flight,
-                running_batches=self._running_batches,
-                predicted_wait_seconds=self._predicted_wait(),
-                stalled_seconds=self._clock() - self._progress_at if self._pending() else 0.0,
+                in_flight=sum(running.size for running in self._running),
+                running_batches=len(self._running),
+                predicted_wait_seconds=self._predicted_wait(now),
+                stalled_seconds=now - self._progress_at if self._pending() else 0.0,
                 last_error=self._last_error,
             )
 
@@ -165,144 +214,135 @@ class EngineCore:
             self.refuse_waiting()
             log.warning("a batch still runs after the drain timeout; it is left behind")
             return
-        self._backend.close()
+        for backend in self._backends.values():
+            backend.close()
 
     def refuse_waiting(self) -> None:
         """Answer everything that waits with Draining."""
         with self._changed:
             waiting = self._window.take_all()
-        for request in waiting:
-            request.answer(Draining(DRAINING))
+        answer_together((request, Draining(DRAINING)) for request in waiting)
+
+    def _way(self, backend: Backend, times: ServiceTimes, size: int, lanes: int) -> _Way:
+        done = partial(self._done, times)
+        return _Way(Answering(backend, self._clock, done, self._failed), times, size, lanes)
 
     def _admit(self, deadline: float, ahead_seconds: float = 0.0) -> None:
         if self._closing:
             raise Draining(DRAINING)
-        time_left = deadline - self._clock()
+        now = self._clock()
+        time_left = deadline - now
         if time_left <= 0:
             raise DeadlineExceeded("the deadline passed before the image reached the queue")
-        wait = ahead_seconds + self._predicted_wait()
-        full = len(self._window) >= self._max_waiting
-        too_long = (
-            wait > self._queue_budget_seconds or wait + self._times.batch_seconds(1) > time_left
-        )
-        # An idle engine admits everybody: after one slow batch nothing else could teach it that
-        # the backend is fast again.
-        if full or (too_long and self._pending()):
-            excess = wait - min(self._queue_budget_seconds, time_left)
+        wait = ahead_seconds + self._predicted_wait(now)
+        # What the engine predicts keeps nobody from an idle one: after one slow batch nothing else
+        # could teach it that the backend is fast again.
+        own_seconds = self._next_batch_seconds() if self._pending() else 0.0
+        most = min(self._queue_budget_seconds, time_left - own_seconds)
+        if wait > most or len(self._window) >= self._max_waiting:
             raise Overloaded(
                 f"{len(self._window)} images wait already, about {wait:.1f} s of work; "
                 "send the request again later",
-                retry_after_seconds=max(excess, 1.0),
+                retry_after_seconds=retry_after_seconds(wait - most),
             )
 
-    def _predicted_wait(self) -> float:
-        return self._times.wait_seconds(
-            len(self._window), self._in_flight, self._window.max_batch_size, self._lanes
-        )
+    def _predicted_wait(self, now: float) -> float:
+        """Return how long an image that came now would wait until its batch starts."""
+        way = self._next_way(len(self._window) + 1)
+        remaining = [
+            one.way.times.remaining_seconds(one.size, now - one.started_at) for one in self._running
+        ]
+        if self._running and self._running[0].way is not way:
+            remaining = [max(remaining)] * way.lanes  # wide and narrow never run at once
+        return way.times.wait_seconds(len(self._window), remaining, way.max_batch_size, way.lanes)
+
+    def _next_batch_seconds(self) -> float:
+        """Return how long the batch should take that an image which came now would be in."""
+        way = self._next_way(len(self._window) + 1)
+        return way.times.batch_seconds(len(self._window) % way.max_batch_size + 1)
+
+    def _next_way(self, waiting: int) -> _Way:
+        """Return how a batch would run if the running ones left room for it."""
+        if self._narrow is None:
+            return self._wide
+        are_narrow = bool(self._running) and self._running[0].way is self._narrow
+        return self._narrow if are_narrow or waiting > self._wide_up_to else self._wide
+
+    def _free_way(self) -> _Way | None:
+        """Return how the next batch runs, None where it has to wait for what runs."""
+        way = self._next_way(len(self._window))
+        if self._narrow is None or not self._running:
+            return way  # there are as many threads as lanes: whoever asks is free for one of them
+        return way if way is self._narrow and self._running[0].way is way else None
 
     def _pending(self) -> bool:
-        return bool(len(self._window) or self._in_flight)
+        return bool(len(self._window) or self._running)
 
     def _serve(self) -> None:
         while True:
-            late, batch = self._next()
-            for request in late:
-                request.answer(DeadlineExceeded("the deadline passed while the image waited"))
-            if batch:
-                self._work(batch)
+            late, batch, running = self._next()
+            answer_together(
+                (request, DeadlineExceeded("the deadline passed while the image waited"))
+                for request in late
+            )
+            if running is not None:
+                self._work(batch, running)
             elif not late:
                 return
 
-    def _next(self) -> tuple[list[Request], list[Request]]:
-        """Wait for something to do; both lists are empty when the core closes and all is done."""
+    def _next(self) -> tuple[list[Request], list[Request], _Running | None]:
+        """Wait for something to do; all is empty when the core closes and all is done."""
         with self._changed:
             while True:
                 now = self._clock()
-                late = self._window.take_late(now)
-                batch = self._window.take_batch(now, hurry=self._closing)
-                if late or batch:
-                    self._in_flight += len(batch)
-                    self._running_batches += bool(batch)
-                    return late, batch
+                way = self._free_way()
+                seconds = self._next_seconds(way)
+                late = self._window.take_late(now, seconds)
+                batch = self._take(way, now, seconds)
+                if batch and way is not None:
+                    running = _Running(way, len(batch), now)
+                    self._running.append(running)
+                    if len(self._window):  # for another lane
+                        self._changed.notify()
+                    return late, batch, running
+                if late:
+                    return late, [], None
                 if self._closing and not len(self._window):
-                    return [], []
-                due_at = self._window.due_at()
-                self._changed.wait(None if due_at is None else max(due_at - now, 0.0))
+                    self._changed.notify_all()  # who waits for a wide batch waits in vain
+                    return [], [], None
+                self._wait(way, now)
 
-    def _work(self, batch: list[Request]) -> None:
+    def _next_seconds(self, way: _Way | None) -> float:
+        if way is None:
+            return 0.0
+        return way.times.batch_seconds(min(len(self._window), way.max_batch_size))
+
+    def _take(self, way: _Way | None, now: float, seconds: float) -> list[Request]:
+        if way is None:
+            return []
+        return self._window.take_batch(
+            now, hurry=self._closing, most=way.max_batch_size, batch_seconds=seconds
+        )
+
+    def _wait(self, way: _Way | None, now: float) -> None:
+        due_at = self._window.due_at() if way is not None else None
+        self._idle_threads += 1
         try:
-            self._answer(batch)
-        except Exception:  # a fault of ours: it must cost neither the thread nor an answer
-            log.exception("answering a batch failed")
-            for request in batch:
-                if not request.gone:
-                    request.answer(InferenceFailed("the model failed on this image"))
+            self._changed.wait(None if due_at is None else max(due_at - now, 0.0))
+        finally:
+            self._idle_threads -= 1
+
+    def _work(self, batch: list[Request], running: _Running) -> None:
+        try:
+            running.way.answering.answer(batch)
         finally:
             with self._changed:
-                self._in_flight -= len(batch)
-                self._running_batches -= 1
+                self._running.remove(running)
                 self._progress_at = self._clock()
 
-    def _answer(self, requests: list[Request]) -> None:
-        """Run a batch and answer it; what fails in company is run again in halves."""
-        requests = [request for request in requests if not request.gone]
-        if not requests:
-            return
-        started_at = self._clock()
-        try:
-            rows = self._run(requests)
-        except ServiceError as error:  # the backend speaks for itself, to all
-            self._failed(error)
-            for request in requests:
-                request.answer(error)
-            return
-        except Exception as error:
-            self._failed(error)
-            unanswered = requests
-        else:
-            seconds = self._clock() - started_at
-            self._done(len(requests), seconds)
-            unanswered = self._reply(requests, rows, started_at, seconds)
-        if len(requests) == 1:
-            for request in unanswered:
-                request.answer(InferenceFailed("the model failed on this image"))
-        elif unanswered:
-            middle = (len(unanswered) + 1) // 2
-            self._answer(unanswered[:middle])
-            self._answer(unanswered[middle:])
-
-    def _run(self, requests: list[Request]) -> Rows:
-        # Of the latest: until then somebody waits for an answer of this batch.
-        deadline = max(request.deadline for request in requests)
-        rows = self._backend.run(np.stack([request.pixels for request in requests]), deadline)
-        info = self._backend.info
-        widths = {"logits": info.classes, "embedding": info.embedding_dim}
-        for name, width in widths.items():
-            array, expected = getattr(rows, name), (len(requests), width)
-            if array.shape != expected or array.dtype != np.float32:
-                raise RuntimeError(
-                    f"the backend answered {name} {array.dtype} {array.shape}, "
-                    f"not float32 {expected}"
-                )
-        return rows
-
-    def _reply(
-        self, requests: list[Request], rows: Rows, started_at: float, seconds: float
-    ) -> list[Request]:
-        """Give each request its row; return those whose row is no use."""
-        finite = np.all(np.isfinite(rows.logits), 1) & np.all(np.isfinite(rows.embedding), 1)
-        for index, request in enumerate(requests):
-            if finite[index]:
-                queued = started_at - request.enqueued_at
-                request.answer(Row(rows.logits[index], rows.embedding[index], queued, seconds))
-        unanswered = [request for request, ok in zip(requests, finite, strict=True) if not ok]
-        if unanswered:
-            self._failed(ArithmeticError(f"{len(unanswered)} rows hold values that are not finite"))
-        return unanswered
-
-    def _done(self, size: int, seconds: float) -> None:
+    def _done(self, times: ServiceTimes, size: int, seconds: float) -> None:
         with self._changed:
-            self._times.observe(size, seconds)
+            times.observe(size, seconds)
             self._last_error = None
             self._progress_at = self._clock()
         if self._observer is not None:

@@ -43,7 +43,7 @@ class WorkerDesk:
     Args:
         connection: non-blocking.
         core: answers the requests.
-        ring: wakes the host's loop; called after every answer.
+        ring: wakes the host's loop; called once for the answers of a batch.
 
     Attributes:
         slots: None until the worker has sent them, and once it is gone.
@@ -96,6 +96,7 @@ class WorkerDesk:
                 self._refuse_waiting()
             else:
                 raise WireError(f"there is no message number {kind} to a host")
+        self._core.announce()
 
     def collect(self) -> bytearray:
         """Return everything that is to be sent; what was is to be taken out of it."""
@@ -135,11 +136,11 @@ class WorkerDesk:
                 slots.write_text(slot, answer.message)
                 self._hand_back(slot, pack_failed(id, slot, answer))
 
-        request = Request(slots.pixels(slot), deadline, enqueued_at, reply)
+        request = Request(slots.pixels(slot), deadline, enqueued_at, reply, self._ring)
         self._busy.add(slot)
         self._requests[id] = request, slot
         try:
-            self._core.submit(request)
+            self._core.submit(request, announce=False)
         except ServiceError as error:
             request.answer(error)
 
@@ -158,7 +159,6 @@ class WorkerDesk:
     def _hand_back(self, slot: int, message: bytes) -> None:
         self._busy.discard(slot)  # before the worker can know of it
         self._answers.append(message)
-        self._ring()
 
 
 def _name_of(connection: socket.socket) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
@@ -19,13 +18,12 @@ from models.golden import golden_images
 from models.package import Package, PackageError
 from models.tolerances import ELSEWHERE, TOLERANCES, Precision
 
-log = logging.getLogger("metaserve.engine")
-
 # A run of a small network takes less than a millisecond, and another process on the same core takes
-# it away for several: the best of 50 ms is one that was left alone. A large network is not worth
-# more than two runs a size, or a start would take a minute.
+# it away for several: the best of 50 ms is one that was left alone. Of a large network two runs
+# that agree are enough, or a start would take a minute; where they do not, something interfered.
 MIN_RUNS = 2
 MIN_SECONDS = 0.05
+MAX_SECONDS = 1.0
 MAX_RUNS = 200
 
 
@@ -111,20 +109,22 @@ def warm_up(
         if without_gain == 2:
             break
         best = min(best, times[size] / size)
-    log.info(
-        "warmed batches of %s; %d is the largest useful",
-        ", ".join(f"{size} ({seconds * 1e3:.2f} ms)" for size, seconds in times.items()),
-        ServiceTimes(times).largest_useful(),
-    )
     return ServiceTimes(times)
 
 
 def _fastest(backend: Backend, batch: Batch, clock: Callable[[], float]) -> float:
-    """Time a batch until `MIN_SECONDS` have gone by, `MIN_RUNS` to `MAX_RUNS` times."""
+    """Time a batch `MIN_RUNS` to `MAX_RUNS` times and return the best."""
     backend.run(batch)
     durations: list[float] = []
-    while len(durations) < MIN_RUNS or (sum(durations) < MIN_SECONDS and len(durations) < MAX_RUNS):
+    while len(durations) < MIN_RUNS or not _is_settled(durations):
         started_at = clock()
         backend.run(batch)
         durations.append(clock() - started_at)
     return min(durations)
+
+
+def _is_settled(durations: list[float]) -> bool:
+    """Tell whether the best of several runs is one that was left alone."""
+    total, (best, second, *_) = sum(durations), sorted(durations)
+    is_confirmed = second <= best * (1 + USEFUL_GAIN) or total >= MAX_SECONDS
+    return (total >= MIN_SECONDS and is_confirmed) or len(durations) >= MAX_RUNS

@@ -30,6 +30,7 @@ from app.errors import (
     Draining,
     Overloaded,
     ServiceError,
+    retry_after_seconds,
 )
 from app.types import Pixels, Row
 
@@ -147,10 +148,9 @@ class RemoteEngine:
         link = self._link_for(deadline, now)
         status = self._board.read(self._row)
         wait = ahead_seconds + status.predicted_wait_seconds
-        time_left = deadline - now
-        too_long = wait > self._queue_budget_seconds or wait + _one_batch(link) > time_left
-        pending = status.queue_depth or status.in_flight or link.calls
-        if link.pool.is_full or (too_long and pending):
+        is_pending = bool(status.queue_depth or status.in_flight or link.calls)
+        time_left = deadline - now - (_one_batch(link) if is_pending else 0.0)
+        if link.pool.is_full or wait > min(self._queue_budget_seconds, time_left):
             raise self._overloaded(status.queue_depth, wait, time_left)
 
     def status(self) -> EngineStatus:
@@ -163,7 +163,7 @@ class RemoteEngine:
         if not link.calls:
             return status
         # A host that is stopped while idle promised nothing on the board; these calls know better.
-        silence = self._board.silence_seconds(self._row)
+        silence = self._board.age_seconds(self._row)
         unanswered = min(time.monotonic() - link.progress_at, silence)
         return dataclasses.replace(status, stalled_seconds=max(status.stalled_seconds, unanswered))
 
@@ -202,11 +202,10 @@ class RemoteEngine:
         return link
 
     def _overloaded(self, waiting: int, wait: float, time_left: float) -> Overloaded:
-        excess = wait - min(self._queue_budget_seconds, time_left)
         return Overloaded(
             f"{waiting} images wait already, about {wait:.1f} s of work; "
             "send the request again later",
-            retry_after_seconds=max(excess, 1.0),
+            retry_after_seconds(wait - min(self._queue_budget_seconds, time_left)),
         )
 
     def _leave(self, call: Call) -> None:

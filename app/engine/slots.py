@@ -54,11 +54,10 @@ def slot_count(info: BackendInfo, profile: Profile, queue_budget_seconds: float)
     Two batches more, for those that run and those whose answers are being read; within what the
     memory holds, of which no image ever touches what it does not need.
     """
-    size = profile.max_batch_size
-    seconds_per_image = profile.batch_seconds.get(size, 0.0) / size / profile.lanes
-    waiting = queue_budget_seconds / seconds_per_image if seconds_per_image else math.inf
+    running = 2 * max(profile.max_batch_size * profile.lanes, profile.lane_batch_size)
+    per_second = profile.lanes * profile.images_per_second or math.inf
     most = min(MAX_SEGMENT_BYTES // slot_bytes(info), MAX_SLOTS)
-    return max(min(math.ceil(min(waiting, MAX_SLOTS)) + 2 * size, most), 1)
+    return max(math.ceil(min(queue_budget_seconds * per_second + running, most)), 1)
 
 
 class Slots:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 # Weight of a new measurement: follows a machine that changes within a dozen batches.
 SMOOTHING = 0.2
@@ -38,19 +39,37 @@ class ServiceTimes:
         largest = max(self._seconds)
         return self._seconds[largest] * size / largest
 
-    def wait_seconds(self, waiting: int, in_flight: int, max_batch_size: int, lanes: int) -> float:
+    def wait_seconds(
+        self, waiting: int, remaining: Sequence[float], max_batch_size: int, lanes: int = 1
+    ) -> float:
         """Return how long an image that came now would wait until its own batch starts.
 
         Args:
             waiting: images before it in the queue.
-            in_flight: images in running batches, counted whole: how far they are is not known.
+            remaining: seconds until each of the running batches should end.
             max_batch_size: of the window.
             lanes: batches that run at once.
         """
         # What remains after the full batches ahead is the batch that the image itself joins.
-        ahead = waiting // max_batch_size * self.batch_seconds(max_batch_size)
-        running = math.ceil(in_flight / lanes)
-        return ahead / lanes + self.batch_seconds(running)
+        rounds, lane = divmod(waiting // max_batch_size, lanes)
+        free_at = sorted([*remaining, *[0.0] * (lanes - len(remaining))])
+        return free_at[lane] + rounds * self.batch_seconds(max_batch_size)
+
+    def remaining_seconds(self, size: int, elapsed_seconds: float) -> float:
+        """Return how long a running batch should still take.
+
+        One that is overdue by x may well take x more: so an estimate that was too short grows with
+        every moment of a backend that became slow, or hangs, before any batch has ended.
+        """
+        return abs(self.batch_seconds(size) - elapsed_seconds)
+
+    def best_images_per_second(self) -> float:
+        """Return the throughput of the best batch, one after the other.
+
+        Raises:
+            ValueError: nothing was timed.
+        """
+        return max(size / max(seconds, 1e-9) for size, seconds in self._seconds.items())
 
     def largest_useful(self) -> int:
         """Return the smallest timed batch size that is about as fast per image as the best.
@@ -65,3 +84,21 @@ class ServiceTimes:
     def as_dict(self) -> dict[int, float]:
         """Return a copy, bucket -> seconds."""
         return dict(sorted(self._seconds.items()))
+
+
+def padding_pays_from(seconds: Mapping[int, float], prepared: Sequence[int]) -> dict[int, int]:
+    """Return from how many images on it pays to pad a batch up to each prepared size.
+
+    With n images between two sizes a device either does n in the time of the larger, or runs the
+    smaller full and leaves the rest to the next batch; what does more images a second pays.
+
+    Args:
+        seconds: timed size -> seconds of a batch.
+        prepared: sizes of the device, rising; of these the timed ones count.
+    """
+    timed = [size for size in prepared if size in seconds]
+    pays_from = {}
+    for smaller, larger in pairwise(timed):
+        even = smaller * seconds[larger] / seconds[smaller]
+        pays_from[larger] = min(max(math.ceil(even), smaller + 1), larger)
+    return pays_from

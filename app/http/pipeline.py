@@ -71,9 +71,9 @@ class Pipeline:
             ServiceError: when no image was answered and none of them is to blame: the request as
                 a whole was refused or late.
         """
-        # Two batches keep the backend busy; a request with more images than that waits for itself
-        # and is not refused for it.
-        places = asyncio.Semaphore(2 * self._model.profile.max_batch_size)
+        # Two rounds of batches keep the backend busy; a request with more images than that waits
+        # for itself and is not refused for it.
+        places = asyncio.Semaphore(2 * self._model.profile.images_at_once)
         # One decode a thread: the images of other callers come in between.
         turns = asyncio.Semaphore(self._state.pool.threads)
         tasks = [asyncio.ensure_future(self._outcome(item, places, turns)) for item in items]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from app.errors import DeadlineExceeded, Overloaded
+from app.errors import DeadlineExceeded, Overloaded, retry_after_seconds
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -123,5 +123,5 @@ class CpuPool:
 def _overloaded(excess_seconds: float) -> Overloaded:
     return Overloaded(
         "more images wait to be decoded than can be in time; send the request again later",
-        retry_after_seconds=max(excess_seconds, 1.0),
+        retry_after_seconds=retry_after_seconds(excess_seconds),
     )

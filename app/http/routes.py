@@ -165,6 +165,7 @@ async def models(state: StateDep) -> Response:
             str(size): milliseconds(seconds)
             for size, seconds in model.profile.batch_seconds.items()
         },
+        profile=schemas.EngineProfile.of(model.profile),
         proof=schemas.Proof(
             export_max_abs_logit_difference=proof.max_abs_logit_difference,
             export_max_embedding_cosine_distance=proof.max_embedding_cosine_distance,

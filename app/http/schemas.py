@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from app.engine.base import Profile
 
 
 class ClassifyQuery(BaseModel):
@@ -143,6 +146,45 @@ class BackendProof(BaseModel):
     batch_dependence: float
 
 
+class EngineProfile(BaseModel):
+    """What warm-up measured on this machine, and how batches are formed for it.
+
+    `batch_ms` is of batches that have the machine to themselves, `lane_batch_ms` of batches of one
+    thread each while `lanes` of them run; an idle engine answers up to `wide_up_to` waiting images
+    the first way and more the second. `pads_from` says from how many images on it pays to pad a
+    batch up to a size that the device prepared.
+    """
+
+    images_per_second: float
+    max_batch_size: int
+    batch_ms: dict[str, float]
+    threads: int | None
+    lanes: int
+    lane_batch_size: int
+    lane_batch_ms: dict[str, float]
+    wide_up_to: int
+    pads_from: dict[str, int]
+
+    @classmethod
+    def of(cls, profile: Profile) -> EngineProfile:
+        """Return a profile as JSON has it: times in milliseconds, sizes as keys."""
+        return cls(
+            images_per_second=round(profile.images_per_second, 1),
+            max_batch_size=profile.max_batch_size,
+            batch_ms=_milliseconds(profile.batch_seconds),
+            threads=profile.threads,
+            lanes=profile.lanes,
+            lane_batch_size=profile.lane_batch_size,
+            lane_batch_ms=_milliseconds(profile.lane_batch_seconds),
+            wide_up_to=profile.wide_up_to,
+            pads_from={str(size): least for size, least in profile.pads_from.items()},
+        )
+
+
+def _milliseconds(batch_seconds: Mapping[int, float]) -> dict[str, float]:
+    return {str(size): round(seconds * 1e3, 3) for size, seconds in batch_seconds.items()}
+
+
 class ModelInfo(BaseModel):
     """The loaded package and what runs it."""
 
@@ -159,6 +201,7 @@ class ModelInfo(BaseModel):
     runtime: str
     max_batch_size: int
     batch_ms: dict[str, float]
+    profile: EngineProfile
     proof: Proof
     proofs: list[BackendProof]
     evaluation: dict[str, str | int | float] | None

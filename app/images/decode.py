@@ -1,4 +1,4 @@
-"""Bytes of an image file -> an upright RGB image, whatever the bytes are; Pillow only.
+"""Bytes of an image file -> an upright image, RGB or grey, whatever the bytes are; Pillow only.
 
 Two promises: an image that can be read comes out as timm would see it (plain `convert("RGB")`),
 except where that would lose what a person sees (orientation, transparency, 16 bits); anything else
@@ -11,6 +11,7 @@ import logging
 import re
 import warnings
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from PIL import (
@@ -33,7 +34,7 @@ from app.errors import (
     UndecodableImage,
     UnsupportedFormat,
 )
-from app.types import RGBImage
+from app.types import Box, RGBImage
 
 _PLUGINS = (  # imported above, so that Pillow never goes looking for all its forty others
     AvifImagePlugin,
@@ -104,6 +105,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes it upright. Source: EXIF 2.32, tag 0x0112."""
+_LEFT_BECOMES_FAR = (2, 3, 7, 8)  # the stored left is the right or the bottom of what is upright
+_TOP_BECOMES_FAR = (3, 4, 6, 7)
+_SIDES_SWAP = (5, 6, 7, 8)
 
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]", re.DOTALL)
 """A JPEG marker that a segment with its length follows, or the end of the image (FF D9)."""
@@ -112,9 +116,22 @@ _ORIENTATION = 0x0112
 _TILE_WIDTH, _TILE_LENGTH = 322, 323
 
 
+class Decoded(NamedTuple):
+    """An upright image, and the part of it that the file's picture fills.
+
+    Attributes:
+        image: its sides are whole numbers.
+        box: left, top, right, bottom, in pixels of `image`. A side of 2669 decoded at 1/4 gives 668
+            pixels, of which the picture fills 667.25.
+    """
+
+    image: RGBImage
+    box: Box
+
+
 def decode_image(
     data: bytes, *, max_pixels: int, exif_orientation: bool, draft_size: int | None
-) -> RGBImage:
+) -> Decoded:
     """Read an image file; of an animation, its first frame.
 
     Args:
@@ -126,7 +143,8 @@ def decode_image(
             times as large is then decoded at 1/2, 1/4 or 1/8, never below twice `draft_size`.
 
     Returns:
-        Mode RGB. Transparency is on white, 16-bit grey is scaled to 8 bits.
+        Mode RGB, or L where the file is grey. Transparency is on white, 16 bits are scaled to 8.
+        The box is not the whole image only where a reduced size was rounded up.
 
     Raises:
         UnsupportedFormat: no image, or none of `FORMATS`, or with 32 bits a channel.
@@ -141,12 +159,14 @@ def decode_image(
         with Image.open(BytesIO(data), formats=(kind,)) as image:
             _check_header(image, limit)
             _check_scans(image, data)
-            rawmode = _rawmode(image)
+            rawmode, drafted = _rawmode(image), None
             if draft_size is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-                image.draft("RGB", (2 * draft_size, 2 * draft_size))
+                drafted = image.draft("RGB", (2 * draft_size, 2 * draft_size))
             image.load()
-            rgb = _to_rgb(image, rawmode)
-            return RGBImage(_upright(rgb, image) if exif_orientation else rgb)
+            plain = _to_8_bits(image, rawmode)
+            filled = drafted[1][2:] if drafted else plain.size
+            orientation = _orientation(image) if exif_orientation else 1
+            return _upright(plain, filled, orientation)
     except (InvalidInput, MemoryError):  # within `max_pixels` it is our memory that is short
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -236,12 +256,12 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
     return str(args[0]) if isinstance(args, tuple) else str(args)
 
 
-def _to_rgb(image: Image.Image, rawmode: str) -> Image.Image:
+def _to_8_bits(image: Image.Image, rawmode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return _grey_from_16_bits(image, rawmode).convert("RGB")
+        return _grey_from_16_bits(image, rawmode)
     if image.has_transparency_data:
         return _on_white(image, rawmode)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
 
 
 def _grey_from_16_bits(image: Image.Image, rawmode: str) -> Image.Image:
@@ -271,9 +291,23 @@ def _on_white(image: Image.Image, rawmode: str) -> Image.Image:
     return white
 
 
-def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
+def _orientation(source: Image.Image) -> int:
     try:
-        method = _UPRIGHT.get(source.getexif().get(_ORIENTATION, 1))
+        return int(source.getexif().get(_ORIENTATION, 1))
     except Exception:  # the pixels are fine; a broken EXIF block is as good as none
-        method = None
-    return rgb if method is None else rgb.transpose(method)
+        return 1
+
+
+def _upright(plain: Image.Image, filled: tuple[float, float], orientation: int) -> Decoded:
+    """Turn an image whose top left part, `filled` in width and height, is the picture."""
+    across, down = (0.0, filled[0]), (0.0, filled[1])
+    if orientation not in _UPRIGHT:
+        return Decoded(RGBImage(plain), (across[0], down[0], across[1], down[1]))
+    if orientation in _LEFT_BECOMES_FAR:
+        across = plain.width - filled[0], float(plain.width)
+    if orientation in _TOP_BECOMES_FAR:
+        down = plain.height - filled[1], float(plain.height)
+    if orientation in _SIDES_SWAP:
+        across, down = down, across
+    turned = plain.transpose(_UPRIGHT[orientation])
+    return Decoded(RGBImage(turned), (across[0], down[0], across[1], down[1]))

@@ -31,7 +31,7 @@ def evaluate(package: Package) -> Evaluation:
     digits = held_out()
     correct = 0
     for png, label in digits:
-        image = decode_image(png, max_pixels=10_000, exif_orientation=True, draft_size=None)
+        image, _ = decode_image(png, max_pixels=10_000, exif_orientation=True, draft_size=None)
         pixels = prepare_image(image, package.manifest.input)
         correct += int(backend.run(pixels[np.newaxis]).logits.argmax()) == label
     return Evaluation(

@@ -213,6 +213,37 @@ def test_the_network_answers_what_the_package_says(
     backend.close()
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_one_thread_of_onnxruntime_answers_bit_for_bit_what_several_do(
+    package: Package, images: Batch, size: int
+) -> None:
+    """The engine may answer an image on either; it must not show."""
+    require("onnxruntime")
+    from app.backends.ort import OnnxRuntimeBackend
+
+    backends = [OnnxRuntimeBackend(package, "cpu", threads) for threads in (1, 2, 4)]
+    narrow, *wide = [backend.run(images[:size]) for backend in backends]
+    for rows in wide:
+        assert rows.logits.tobytes() == narrow.logits.tobytes()
+        assert rows.embedding.tobytes() == narrow.embedding.tobytes()
+    for backend in backends:
+        backend.close()
+
+
+@pytest.mark.parametrize("name", ["torch_in_sizes", "tensorrt"])
+def test_a_backend_on_prepared_sizes_says_which(name: str, package: Package) -> None:
+    backend = OPENERS[name](package)
+    sizes = backend.info.prepared_sizes
+    backend.close()
+    assert sizes is not None
+    assert list(sizes) == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, backend.info.max_batch_size)
+
+
+def test_only_onnxruntime_on_the_cpu_says_that_its_threads_are_its_own(backend: Backend) -> None:
+    assert backend.info.threads == (2 if backend.info.name == "onnxruntime" else None)
+
+
 def test_torch_and_onnxruntime_agree(package: Package) -> None:
     torch, onnxruntime = open_torch(package), open_onnxruntime(package)
     size = package.manifest.input.size

@@ -14,6 +14,7 @@ import numpy as np
 
 from app.backends.fake import FakeBackend
 from app.engine.core import BatchObserver, EngineCore
+from app.engine.lanes import NarrowLanes
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow, Request
 from app.errors import ServiceError
@@ -161,23 +162,27 @@ def running(
     queue_budget_seconds: float = FAR_AHEAD,
     observer: BatchObserver | None = None,
     clock: Callable[[], float] | None = None,
+    narrow: NarrowLanes | None = None,
 ) -> Iterator[EngineCore]:
     """A core at work; closed at the end, when its threads must be gone."""
     before = set(threading.enumerate())
     core = EngineCore(
         backend,
-        BatchWindow(max_batch_size, max_wait_seconds),
+        BatchWindow(max_batch_size, max_wait_seconds, budget_seconds=queue_budget_seconds),
         times or ServiceTimes(),
         queue_budget_seconds,
         observer,
         clock or ManualClock(),
+        narrow,
     )
     own = set(threading.enumerate()) - before
-    assert len(own) == backend.info.batches_in_flight
+    assert len(own) == (narrow.lanes if narrow else backend.info.batches_in_flight)
     try:
         yield core
     finally:
         backend.gate.set()
+        if narrow is not None and isinstance(narrow.backend, WatchedBackend):
+            narrow.backend.gate.set()
         core.close(PATIENCE_SECONDS)
     for thread in own:
         thread.join(PATIENCE_SECONDS)

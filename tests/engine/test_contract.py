@@ -282,6 +282,44 @@ def test_a_deadline_is_kept_by_an_image_inside_a_backend_that_hangs(engines: Eng
         served.run(scenario)
 
 
+def test_every_deadline_is_kept_in_whatever_order_they_come_and_pass(engines: Engines) -> None:
+    backend = WatchedBackend(shut=True)
+
+    async def scenario(engine: Engine) -> None:
+        plug = await hold_one(engine, backend)
+        now, passed = time.monotonic(), []
+
+        async def wait_for(milliseconds: int) -> None:
+            with pytest.raises(DeadlineExceeded):
+                await engine.infer(pixels_of(1), deadline=now + milliseconds / 1000)
+            assert time.monotonic() >= now + milliseconds / 1000
+            passed.append(milliseconds)
+
+        await asyncio.gather(*map(wait_for, [60, 20, 100, 20, 40]))
+        assert passed == [20, 20, 40, 60, 100]
+        await until(lambda: engine.status().queue_depth == 0, "nothing waits")
+        backend.gate.set()
+        assert_row_of(0, await plug)
+
+    with engines(backend) as served:
+        served.run(scenario)
+    assert backend.batches == [[0]]
+
+
+def test_requests_of_one_turn_of_the_loop_reach_an_idle_engine_in_one_batch(
+    engines: Engines,
+) -> None:
+    backend = WatchedBackend()
+
+    async def scenario(engine: Engine) -> None:
+        for values in (range(8), range(8, 12)):
+            await asyncio.gather(*(infer(engine, value) for value in values))
+
+    with engines(backend, max_batch_size=16) as served:
+        served.run(scenario)
+    assert backend.batches == [list(range(8)), list(range(8, 12))]
+
+
 def test_a_deadline_in_the_past_is_refused_before_the_queue(engines: Engines) -> None:
     backend = WatchedBackend()
 

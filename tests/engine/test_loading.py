@@ -214,6 +214,19 @@ def test_warm_up_keeps_the_best_run_and_does_not_count_the_first() -> None:
     assert backend.sizes == [1] * 3
 
 
+def test_warm_up_goes_on_until_a_second_run_confirms_the_best() -> None:
+    costs = [0.1, 0.9, 0.3, 0.2, 0.25, 0.205, 7.0]  # a busy machine; the first is not counted
+    backend = CostedBackend(lambda size, run: costs[run] / 10)
+    assert warm_up(backend, 1, clock=backend.clock).as_dict() == {1: pytest.approx(0.02)}
+    assert len(backend.sizes) == 6
+
+
+def test_warm_up_does_not_wait_for_a_machine_that_never_comes_to_rest() -> None:
+    backend = CostedBackend(lambda size, run: 0.5 / (1.1**run))  # ever faster
+    warm_up(backend, 1, clock=backend.clock)
+    assert len(backend.sizes) == 4, "the uncounted one, and those within a second"
+
+
 def test_a_package_without_golden_outputs_is_refused_in_words(
     package: Package, tmp_path: Path
 ) -> None:

@@ -126,11 +126,12 @@ def test_what_two_hosts_died_of_is_not_tried_on_a_third(place: Place) -> None:
             second = place.start_host(holds=True)
             await in_flight_on(place, 1)
             second.kill()
-            with pytest.raises(BackendUnavailable):
-                await task
+            await until(lambda: not engine.is_ready, "the second is gone")
             place.start_host()
             await engine.until_ready()
             assert_row_of(2, await ask(engine, 2))
+            with pytest.raises(BackendUnavailable):
+                await task
 
     run(scenario())
 

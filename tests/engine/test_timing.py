@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from app.engine.timing import SMOOTHING, ServiceTimes, bucket
+from app.engine.timing import SMOOTHING, ServiceTimes, bucket, padding_pays_from
 
 KNOWN = {1: 0.010, 2: 0.012, 4: 0.020, 8: 0.040}
 
@@ -23,7 +23,7 @@ def test_a_batch_size_is_rounded_up_to_a_power_of_two(size: int, expected: int) 
 def test_before_anything_is_measured_nothing_is_predicted() -> None:
     times = ServiceTimes()
     assert times.batch_seconds(5) == 0.0
-    assert times.wait_seconds(waiting=100, in_flight=8, max_batch_size=8, lanes=1) == 0.0
+    assert times.wait_seconds(100, [], max_batch_size=8) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -65,47 +65,73 @@ def test_observing_does_not_write_into_the_given_measurements() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "in_flight", "lanes", "expected"),
+    ("waiting", "remaining", "lanes", "expected"),
     [
-        (0, 0, 1, 0.0),
-        (0, 1, 1, 0.010),  # one image is running
-        (0, 8, 1, 0.040),
-        (3, 0, 1, 0.0),  # joins the three that wait
-        (8, 0, 1, 0.040),  # one full batch goes first
-        (15, 0, 1, 0.040),  # and its own is the second
-        (16, 0, 1, 0.080),
-        (16, 8, 1, 0.120),
-        (16, 8, 2, 0.040 + 0.020),  # two lanes: half the batches each, four images each run
-        (16, 5, 2, 0.040 + 0.020),  # three images in the fuller lane
+        (0, [], 1, 0.0),
+        (0, [0.007], 1, 0.007),  # what remains of the running batch, not all of it
+        (3, [], 1, 0.0),  # joins the three that wait
+        (8, [], 1, 0.040),  # one full batch goes first
+        (15, [], 1, 0.040),  # and its own is the second
+        (16, [], 1, 0.080),
+        (16, [0.007], 1, 0.087),
+        (0, [0.007], 2, 0.0),  # the other lane is free
+        (0, [0.007, 0.003], 2, 0.003),  # the first to be free
+        (8, [0.007, 0.003], 2, 0.007),  # the batch ahead takes that one
+        (16, [0.007, 0.003], 2, 0.043),  # and this one its lane after it
+        (8, [0.007], 2, 0.007),
     ],
 )
-def test_the_wait_is_the_full_batches_ahead_and_what_runs(
-    waiting: int, in_flight: int, lanes: int, expected: float
+def test_the_wait_is_the_full_batches_ahead_and_what_remains_of_the_running(
+    waiting: int, remaining: list[float], lanes: int, expected: float
 ) -> None:
     times = ServiceTimes(KNOWN)
-    assert times.wait_seconds(waiting, in_flight, 8, lanes) == pytest.approx(expected)
+    assert times.wait_seconds(waiting, remaining, 8, lanes) == pytest.approx(expected)
 
 
 @given(
     known=measured,
     waiting=st.integers(0, 500),
     more=st.integers(0, 500),
-    in_flight=st.integers(0, 64),
+    remaining=st.lists(st.floats(0, 1), max_size=4),
     max_batch_size=st.integers(1, 64),
-    lanes=st.integers(1, 4),
 )
 def test_the_wait_is_never_negative_and_grows_with_those_who_wait(
     known: dict[int, float],
     waiting: int,
     more: int,
-    in_flight: int,
+    remaining: list[float],
     max_batch_size: int,
-    lanes: int,
 ) -> None:
-    times = ServiceTimes(known)
-    wait = times.wait_seconds(waiting, in_flight, max_batch_size, lanes)
-    longer = times.wait_seconds(waiting + more, in_flight, max_batch_size, lanes)
-    assert 0 <= wait <= longer
+    times, batch_seconds = ServiceTimes(known), ServiceTimes(known).batch_seconds(max_batch_size)
+    remaining = [share * batch_seconds for share in remaining]
+    wait = times.wait_seconds(waiting, remaining, max_batch_size, 4)
+    longer = times.wait_seconds(waiting + more, remaining, max_batch_size, 4)
+    assert 0 <= wait <= longer + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "expected"), [(0.0, 0.040), (0.030, 0.010), (0.040, 0.0), (0.100, 0.060)]
+)
+def test_a_running_batch_takes_what_is_left_of_it_and_an_overdue_one_as_much_again(
+    elapsed: float, expected: float
+) -> None:
+    assert ServiceTimes(KNOWN).remaining_seconds(8, elapsed) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ({1: 1.0, 2: 1.0, 4: 1.0}, {2: 2, 4: 3}),  # a larger one costs nothing more: always pad
+        ({1: 1.0, 2: 1.6, 4: 2.4}, {2: 2, 4: 3}),
+        ({4: 1.0, 8: 1.7}, {8: 7}),  # 6 in 1.7 s are fewer a second than 4 in 1
+        ({4: 1.0, 8: 3.0}, {8: 8}),  # a full one is never split
+        ({1: 1.0}, {}),
+    ],
+)
+def test_padding_pays_where_it_does_more_images_a_second(
+    seconds: dict[int, float], expected: dict[int, int]
+) -> None:
+    assert padding_pays_from(seconds, (1, 2, 4, 8)) == expected
 
 
 @given(known=measured, size=st.integers(1, 64), observed=st.floats(0, 1e3))

@@ -525,7 +525,7 @@ def test_a_full_queue_refuses_at_once(pool: Callable[..., Any], status: int) -> 
         several = service.client.post("/embed", files=parts(grey(0), grey(1)))
 
         assert "wait already" in check_error(reply, status, "overloaded")
-        assert reply.headers["retry-after"] == "2"
+        assert reply.headers["retry-after"] in {"2", "3", "4"}  # 2 s too long, drawn by lot
         check_error(several, status, "overloaded")
         assert service.metric("metaserve_requests_refused_total", reason="overloaded") == 2
         assert service.client.get("/readyz").status_code == 200

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.http import schemas
 from tests.http.wire import encode, grey, parts, picture, text, without_timing
 from tests.servers import RunningService, running_service
 
@@ -216,6 +217,11 @@ def test_models_says_what_answers(real: RunningService) -> None:
     expected |= {"precision": "fp32", "device": "cpu", "variant": "caformer_digits"}
     assert {key: content[key] for key in expected} == expected
     assert content["proof"]["batch_dependence"] == 0
+    profile = content["profile"]
+    assert profile["max_batch_size"] == content["max_batch_size"]
+    assert profile["batch_ms"] == content["batch_ms"]
+    assert profile["lanes"] >= 1
+    assert set(profile) == set(schemas.EngineProfile.model_fields)
 
 
 def test_a_lone_request_with_many_images_is_not_refused_for_its_own_sake() -> None:

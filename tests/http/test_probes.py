@@ -204,7 +204,9 @@ def test_gauges_show_what_waits() -> None:
         for _ in range(3):
             pool.submit(started.wait, WAIT_SECONDS)
         started.wait(WAIT_SECONDS)
-        with running_service(backend, max_batch_size=1, batch_seconds={1: 0.25}) as service:
+        with running_service(
+            backend, max_batch_size=1, batch_seconds={1: 5.0}, queue_budget_ms=20_000
+        ) as service:
 
             def classify(level: int) -> httpx.Response:
                 url = f"{service.url}/classify"
@@ -215,7 +217,8 @@ def test_gauges_show_what_waits() -> None:
             service.wait_until(lambda: service.metric("metaserve_queue_depth") == 2, "two wait")
 
             assert service.metric("metaserve_inflight_batches") == 1
-            assert service.metric("metaserve_queue_wait_estimate_seconds") == pytest.approx(0.75)
+            estimate = service.metric("metaserve_queue_wait_estimate_seconds")
+            assert 10 < estimate < 15, "two whole batches, and what remains of the running one"
             backend.gate.set()
             assert {one.result(WAIT_SECONDS).status_code for one in waiting} == {200}
 

@@ -25,9 +25,12 @@ def decode(
     exif_orientation: bool = True,
     draft_size: int | None = None,
 ) -> RGBImage:
-    return decode_image(
+    image, box = decode_image(
         data, max_pixels=max_pixels, exif_orientation=exif_orientation, draft_size=draft_size
     )
+    assert image.mode in ("RGB", "L")
+    assert draft_size is not None or box == (0, 0, *image.size)
+    return RGBImage(image.convert("RGB"))
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:
