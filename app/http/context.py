@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import random
 import re
-import secrets
 import time
 from dataclasses import dataclass, field
 
-from starlette.datastructures import Headers
 from starlette.types import Scope
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
@@ -15,16 +15,18 @@ PROBES = frozenset({"/livez", "/readyz", "/startupz"})
 refused request."""
 
 _KEY = "metaserve.context"
-_CLEAN_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_CLEAN_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
-@dataclass
+@dataclass(slots=True)
 class RequestContext:
     """One request.
 
     Attributes:
         request_id: the caller's, or made here.
+        headers: name in lower case -> value; of several with one name, the first.
         started_at: `time.monotonic()` when the headers were there.
+        deadline: likewise absolute; the body is waited for no longer.
         received_bytes: of the body, so far.
         images: how many it carried.
         stage_ms: stage -> milliseconds, of the slowest image where there are several.
@@ -32,18 +34,27 @@ class RequestContext:
     """
 
     request_id: str
+    headers: dict[bytes, bytes]
     started_at: float = field(default_factory=time.monotonic)
+    deadline: float = math.inf
     received_bytes: int = 0
     images: int = 0
     stage_ms: dict[str, float] = field(default_factory=dict)
     error_code: str | None = None
 
+    def header(self, name: bytes) -> str:
+        """Return a header's text, empty where it was not sent."""
+        return self.headers.get(name, b"").decode("latin-1")
+
 
 def new_context(scope: Scope) -> RequestContext:
     """Make a request's context and keep it in its scope."""
-    given = Headers(scope=scope).get("x-request-id", "")
-    request_id = given if _CLEAN_ID.fullmatch(given) else secrets.token_hex(16)
-    context = RequestContext(request_id)
+    headers = dict(reversed(scope["headers"]))
+    given = headers.get(b"x-request-id", b"")
+    # Ids tell requests apart and open nothing: no need for randomness that cannot be foretold.
+    is_clean = _CLEAN_ID.fullmatch(given)
+    request_id = given.decode() if is_clean else f"{random.getrandbits(128):032x}"
+    context = RequestContext(request_id, headers)
     scope[_KEY] = context
     return context
 

@@ -1,4 +1,4 @@
-"""What routes ask for: the aliases of `Annotated[..., Depends(...)]`."""
+"""What a request must carry, and what routes ask for: aliases of `Annotated[..., Depends(...)]`."""
 
 from __future__ import annotations
 
@@ -30,26 +30,30 @@ StateDep = Annotated[ServiceState, Depends(get_state)]
 ContextDep = Annotated[RequestContext, Depends(get_context)]
 
 
-async def require_api_key(request: Request, state: StateDep) -> None:
-    """Let a request in that carries a known key, in `Authorization: Bearer` or `X-API-Key`.
+async def require_api_key(state: StateDep, context: ContextDep) -> None:
+    """Let a request in that carries a known key."""
+    check_api_key(state, context)
+
+
+def check_api_key(state: ServiceState, context: RequestContext) -> None:
+    """Look for a known key, in `Authorization: Bearer` or `X-API-Key`.
 
     Raises:
         Unauthenticated: no key, or an unknown one.
     """
     if state.api_keys is None:
         return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    scheme, _, token = context.headers.get(b"authorization", b"").partition(b" ")
+    is_bearer = scheme.lower() == b"bearer"
+    sent = token.strip() if is_bearer else context.headers.get(b"x-api-key", b"")
     # Every key is compared, in constant time: how long it takes tells nothing.
-    # Headers arrive decoded as Latin-1, whatever they were.
-    sent = given.encode("latin-1")
     known = [hmac.compare_digest(sent, key.encode()) for key in state.api_keys]
     if not any(known):
         raise Unauthenticated("send a known API key in the header Authorization: Bearer <key>")
 
 
-async def get_deadline(request: Request, state: StateDep, context: ContextDep) -> float:
-    """Return when the request must be answered, absolute `time.monotonic()` seconds.
+def set_deadline(state: ServiceState, context: RequestContext) -> None:
+    """Note until when the request must be answered.
 
     `X-Request-Timeout-Ms` is the caller's wish, `x-envoy-expected-rq-timeout-ms` a proxy's; the
     server's own timeout is the most either may ask for.
@@ -58,16 +62,17 @@ async def get_deadline(request: Request, state: StateDep, context: ContextDep) -
         BadRequest: the caller's header is no positive number.
     """
     timeout_ms = state.settings.request_timeout_ms
-    wished = request.headers.get("x-request-timeout-ms")
-    if wished is not None:
+    headers = context.headers
+    if b"x-request-timeout-ms" in headers:
+        wished = context.header(b"x-request-timeout-ms")
         wished_ms = _positive(wished)
         if wished_ms is None:
             raise BadRequest(f"X-Request-Timeout-Ms: {wished[:40]!r} is no positive number")
         timeout_ms = min(timeout_ms, wished_ms)
-    else:
-        proxy_ms = _positive(request.headers.get("x-envoy-expected-rq-timeout-ms", ""))
+    elif b"x-envoy-expected-rq-timeout-ms" in headers:
+        proxy_ms = _positive(context.header(b"x-envoy-expected-rq-timeout-ms"))
         timeout_ms = min(timeout_ms, proxy_ms or timeout_ms)
-    return context.started_at + timeout_ms / 1000
+    context.deadline = context.started_at + timeout_ms / 1000
 
 
 def _positive(text: str) -> float | None:
@@ -76,6 +81,3 @@ def _positive(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) and value > 0 else None
-
-
-DeadlineDep = Annotated[float, Depends(get_deadline)]

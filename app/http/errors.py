@@ -10,6 +10,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from app.errors import (
     BackendUnavailable,
@@ -86,17 +87,33 @@ def error_response(
     return Response(error_body(error, request_id), status, sent, "application/json")
 
 
+def answer_error(state: ServiceState, scope: Scope, error: ServiceError) -> Response:
+    """Note and count what a request is answered with instead of a result; return its reply."""
+    context = context_of(scope)
+    context.error_code = error.code
+    if scope["path"] not in PROBES:  # a service that is not ready refuses nobody's image
+        state.metrics.count_error(error)
+    return error_response(error, context.request_id, state.settings.overload_status)
+
+
+def answer_fault(state: ServiceState, scope: Scope, fault: Exception) -> Response:
+    """Return the reply to a request that hit a fault of ours; the log says more than it."""
+    error: ServiceError
+    if isinstance(fault, MemoryError):
+        error = Overloaded("the service is short of memory; send the request again later")
+    else:
+        error = ServiceError("this is a fault of the service; its log says more")
+    context = context_of(scope)
+    context.error_code = error.code
+    return error_response(error, context.request_id, state.settings.overload_status)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of the family, and the framework's own, in the one shape."""
 
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
-        state: ServiceState = request.app.state.service
-        context = context_of(request.scope)
-        context.error_code = error.code
-        if request.url.path not in PROBES:  # a service that is not ready refuses nobody's image
-            state.metrics.count_error(error)
-        return error_response(error, context.request_id, state.settings.overload_status)
+        return answer_error(request.app.state.service, request.scope, error)
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -113,17 +130,20 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return await on_service_error(request, BadRequest(_sentence(error.errors())))
+        return await on_service_error(request, BadRequest(fault_in_words(error.errors()[0])))
 
+    async def on_fault(request: Request, fault: Exception) -> Response:
+        return answer_fault(request.app.state.service, request.scope, fault)
+
+    app.add_exception_handler(Exception, on_fault)  # the middleware sees the fault as well
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
 
 
-def _sentence(faults: Any) -> str:
-    """Return what is wrong with the first fault of a validation error."""
-    first = faults[0]
-    if first["type"] == "extra_forbidden":
-        return f"there is no parameter {str(first['loc'][-1])[:80]!r}"
-    where = " ".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}"
+def fault_in_words(fault: Mapping[str, Any]) -> str:
+    """Return one fault of a validation error as a sentence; its place begins with `query`."""
+    if fault["type"] == "extra_forbidden":
+        return f"there is no parameter {str(fault['loc'][-1])[:80]!r}"
+    where = " ".join(str(part) for part in fault["loc"])
+    return f"{where}: {fault['msg'][0].lower()}{fault['msg'][1:]}"

@@ -17,8 +17,11 @@ import orjson
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from app.errors import BadRequest, BodyTooLarge
+from app.http.hot import ImageRequest
 from app.http.pool import CpuPool
 
 Item = bytes | BadRequest
@@ -47,39 +50,48 @@ MAX_DATA_URI_HEAD = 200
 LARGE_JSON_BYTES = 100_000
 
 
-async def read_inputs(
-    request: Request, pool: CpuPool, *, deadline: float, body_limit: int, max_images: int
-) -> Inputs:
+async def read_inputs(request: ImageRequest, pool: CpuPool) -> Inputs:
     """Read the body.
 
     Args:
         request: whose body nobody has read.
         pool: for large JSON.
-        deadline: absolute `time.monotonic()` seconds.
-        body_limit: bytes that the body may have.
-        max_images: how many images it may hold.
 
     Raises:
         BadRequest: no image in it, or not shaped as its content type says.
-        BodyTooLarge: more bytes than `body_limit`, or more images than `max_images`.
+        BodyTooLarge: more bytes, or more images, than the settings allow.
         ReceiveTimeout: it did not arrive in time.
         Overloaded: large JSON would wait too long for a thread.
-        DeadlineExceeded: it did.
+        DeadlineExceeded: it did, or the body came too late.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    settings = request.state.settings
+    content_type = request.context.header(b"content-type").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        inputs = await _read_multipart(request, body_limit, max_images)
+        whole = Request(request.scope, request.receive)
+        inputs = await _read_multipart(whole, settings.body_limit_bytes, settings.max_images)
     elif content_type == "application/json" or content_type.endswith("+json"):
-        body = await request.body()
+        body = await _read_body(request.receive)
         if len(body) > LARGE_JSON_BYTES:
-            inputs = await pool.run_admitted(deadline, _read_json, body, max_images)
+            deadline = request.context.deadline
+            inputs = await pool.run_admitted(deadline, _read_json, body, settings.max_images)
         else:
-            inputs = _read_json(body, max_images)
+            inputs = _read_json(body, settings.max_images)
     else:
-        inputs = Inputs([await request.body()], several=False)
+        inputs = Inputs([await _read_body(request.receive)], several=False)
     if inputs.items == [b""]:
         raise BadRequest("the body is empty; send an image file in it")
     return inputs
+
+
+async def _read_body(receive: Receive) -> bytes:
+    chunks: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 async def _read_multipart(request: Request, body_limit: int, max_images: int) -> Inputs:

@@ -9,12 +9,13 @@ import asyncio
 import logging
 import time
 
-from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import DRAINING, Draining, Overloaded, ServiceError
+from app.errors import DRAINING, Draining
+from app.http.caller import caller_of
 from app.http.context import PROBES, RequestContext, new_context
-from app.http.errors import error_response
+from app.http.errors import answer_fault, error_response
 from app.http.state import ServiceState
 
 access_log = logging.getLogger("metaserve.access")
@@ -39,40 +40,45 @@ class ObserveRequests:
             await self._app(scope, receive, send)
             return
         context = new_context(scope)
+        caller = caller_of(scope)
         status = CALLER_LEFT
 
         async def send_marked(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = context.request_id
+                headers = [*message["headers"], (b"x-request-id", context.request_id.encode())]
                 if self._state.draining:  # the next request should go to another instance
-                    headers["connection"] = "close"
+                    headers = [one for one in headers if one[0] != b"connection"]
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
             await send(message)
 
         try:
+            if caller is not None:
+                if caller.is_gone:
+                    raise ClientDisconnect
+                caller.task = asyncio.current_task()
             await self._app(scope, receive, send_marked)
+        except ClientDisconnect:
+            self._state.metrics.requests_cancelled.inc()
         except asyncio.CancelledError:
+            if caller is not None and caller.is_gone:
+                status = CALLER_LEFT
+                self._state.metrics.requests_cancelled.inc()
+                return
             # The server's last word at the end of a drain: the caller is still there.
             context.error_code = Draining.code
             if status == CALLER_LEFT:
                 refusal = Draining(DRAINING)
                 await error_response(refusal, context.request_id)(scope, receive, send_marked)
-        except MemoryError:
-            log.error("request %s found too little memory", context.request_id)
-            context.error_code = Overloaded.code
+        except Exception as fault:
+            if isinstance(fault, MemoryError):
+                log.error("request %s found too little memory", context.request_id)
+            else:
+                log.exception("request %s hit a fault of ours", context.request_id)
             if status == CALLER_LEFT:
-                short = Overloaded("the service is short of memory; send the request again later")
-                overload_status = self._state.settings.overload_status
-                response = error_response(short, context.request_id, overload_status)
-                await response(scope, receive, send_marked)
-        except Exception:
-            log.exception("request %s hit a fault of ours", context.request_id)
-            context.error_code = ServiceError.code
-            if status == CALLER_LEFT:
-                fault = ServiceError("this is a fault of the service; its log says more")
-                await error_response(fault, context.request_id)(scope, receive, send_marked)
+                await answer_fault(self._state, scope, fault)(scope, receive, send_marked)
         finally:
             self._record(scope, context, status)
 

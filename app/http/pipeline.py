@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from fastapi import Request
 
 from app.errors import BadRequest, DeadlineExceeded, Refused, ServiceError
 from app.http.context import RequestContext
 from app.http.inputs import Item
 from app.http.state import LoadedModel, ServiceState
+from app.images.peek import DECODE_IN_PLACE_PIXELS, is_cheap
 from app.images.read import read_image
 from app.types import Pixels, Row
 
-T = TypeVar("T")
 
-
-class CallerLeft(Exception):
-    """The caller closed the connection; nobody is left to answer."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answered:
     """One image's row and what it took to get it.
 
@@ -57,12 +49,37 @@ class Pipeline:
     def check_admission(self) -> None:
         """Refuse an image that could not be answered in time, before any work is spent on it.
 
+        One estimate: the wait for a decoding thread, decoding, and the wait for a batch.
+
         Raises:
             Refused: too much waits already, or the engine closes.
             DeadlineExceeded: the deadline has passed.
         """
-        self._state.pool.check_admission(self._deadline)
-        self._model.engine.check_admission(self._deadline)
+        pool = self._state.pool
+        pool.check_admission(self._deadline)
+        self._model.engine.check_admission(self._deadline, ahead_seconds=pool.ahead_seconds())
+
+    async def answer_one(self, item: Item) -> Answered:
+        """Answer the image of a request that holds no other.
+
+        Raises:
+            ServiceError: the image cannot be used, or cannot be answered now.
+        """
+        if isinstance(item, BadRequest):
+            raise item
+        pool = self._state.pool
+        if self._is_cheap(item):
+            # Here and now: a thread would cost more. A turn of the loop does so many and no more.
+            while not pool.has_time_here():
+                await asyncio.sleep(0)
+            self.check_admission()
+            started_at = time.monotonic()
+            pixels = pool.run_here(self._read, item)
+        else:
+            self.check_admission()
+            started_at = time.monotonic()
+            pixels = await pool.run_admitted(self._deadline, self._read, item)
+        return await self._infer(pixels, started_at)
 
     async def answer_all(self, items: Sequence[Item]) -> list[Outcome]:
         """Answer images side by side; one that fails does not touch the others.
@@ -82,40 +99,43 @@ class Pipeline:
         finally:
             for task in tasks:  # where one hit a fault of ours, or the caller left
                 task.cancel()
+        if time.monotonic() >= self._deadline:  # those that were in time are late by now
+            outcomes = [_late() if isinstance(one, Answered) else one for one in outcomes]
         first = outcomes[0]
         refused = (Refused, DeadlineExceeded)
         if isinstance(first, refused) and all(isinstance(other, refused) for other in outcomes):
             raise first
-        return list(outcomes)
+        return outcomes
 
-    async def _answer(self, item: Item, turns: asyncio.Semaphore) -> Answered:
-        """Answer one image.
-
-        Raises:
-            ServiceError: the image cannot be used, or cannot be answered now.
-        """
+    async def _outcome(
+        self, item: Item, places: asyncio.Semaphore, turns: asyncio.Semaphore
+    ) -> Outcome:
         if isinstance(item, BadRequest):
-            raise item
-        async with turns:
-            self._model.engine.check_admission(self._deadline)
-            started_at = time.monotonic()
-            pixels = await self._state.pool.run_admitted(self._deadline, self._read, item)
+            return item
+        try:
+            async with places:
+                async with turns:
+                    self._model.engine.check_admission(self._deadline)
+                    started_at = time.monotonic()
+                    pixels = await self._state.pool.run_admitted(self._deadline, self._read, item)
+                return await self._infer(pixels, started_at)
+        except ServiceError as error:
+            return error
+
+    async def _infer(self, pixels: Pixels, started_at: float) -> Answered:
         decode_seconds = time.monotonic() - started_at
         row = await self._model.engine.infer(pixels, deadline=self._deadline)
         stages = self._state.metrics.stage_duration
         stages["decode"].observe(decode_seconds)
         stages["queue"].observe(row.queue_seconds)
         stages["inference"].observe(row.inference_seconds)
+        if time.monotonic() >= self._deadline:
+            raise _late()
         return Answered(row, decode_seconds)
 
-    async def _outcome(
-        self, item: Item, places: asyncio.Semaphore, turns: asyncio.Semaphore
-    ) -> Outcome:
-        try:
-            async with places:
-                return await self._answer(item, turns)
-        except ServiceError as error:
-            return error
+    def _is_cheap(self, data: bytes) -> bool:
+        side = self._state.package.manifest.input.size
+        return side * side <= DECODE_IN_PLACE_PIXELS and is_cheap(data)
 
     def _read(self, data: bytes) -> Pixels:
         settings = self._state.settings
@@ -126,31 +146,6 @@ class Pipeline:
             exif_orientation=settings.exif_orientation,
             decode=settings.decode,
         )
-
-
-async def unless_caller_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await work, but cancel it as soon as the caller closes the connection.
-
-    The body must have been read: what the server sends next is the caller's leaving.
-
-    Raises:
-        CallerLeft: the caller left; the work is cancelled.
-    """
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_until_gone(request))
-    try:
-        await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not worker.done():
-            raise CallerLeft
-        return worker.result()
-    finally:
-        worker.cancel()
-        watcher.cancel()
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def note_outcomes(context: RequestContext, outcomes: Sequence[Outcome]) -> None:
@@ -167,3 +162,7 @@ def note_outcomes(context: RequestContext, outcomes: Sequence[Outcome]) -> None:
 def milliseconds(seconds: float) -> float:
     """Return milliseconds to the microsecond."""
     return round(seconds * 1e3, 3)
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed before the reply was written")

@@ -7,7 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from app.errors import DeadlineExceeded, Overloaded, retry_after_seconds
@@ -18,6 +18,8 @@ T = TypeVar("T")
 LATE = "the deadline passed before the image was decoded"
 # Weight of a new duration: follows a change of traffic within a few images a thread.
 SMOOTHING = 0.1
+# What a turn of the event loop may spend on jobs of its own; others wait for the next turn.
+HERE_SECONDS = 0.005
 
 
 class CpuPool:
@@ -38,6 +40,7 @@ class CpuPool:
         self._pending = 0  # touched by the event loop alone
         # Of a job. Two threads may overwrite each other's: it is an estimate.
         self._mean_seconds = 0.0
+        self._here_seconds = 0.0  # spent in this turn of the loop
 
     @property
     def threads(self) -> int:
@@ -48,6 +51,24 @@ class CpuPool:
         """Return how long a job that came now would wait for a thread."""
         ahead = max(self._pending - self._threads + 1, 0)
         return ahead * self._mean_seconds / self._threads
+
+    def ahead_seconds(self) -> float:
+        """Return how long a job that came now would take with its wait for a thread."""
+        return self.wait_seconds() + self._mean_seconds
+
+    def has_time_here(self) -> bool:
+        """Return whether this turn of the event loop may do one more small job itself."""
+        return self._here_seconds < HERE_SECONDS
+
+    def run_here(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a job that is smaller than the way to a thread and back, on the event loop."""
+        started_at = time.monotonic()
+        try:
+            return job(*args, **kwargs)
+        finally:
+            if not self._here_seconds:
+                asyncio.get_running_loop().call_soon(self._begin_turn)
+            self._here_seconds += time.monotonic() - started_at
 
     def check_admission(self, deadline: float) -> None:
         """Refuse a job that would wait too long.
@@ -97,16 +118,26 @@ class CpuPool:
     async def run(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a job when a thread is free; one that is cancelled before never begins."""
         loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
 
-        def ended(_: Future[T]) -> None:
+        def work() -> None:
+            result: T | BaseException
+            try:
+                result = job(*args, **kwargs)
+            except BaseException as error:  # whoever awaits it hears of it
+                result = error
             with contextlib.suppress(RuntimeError):  # the loop has closed
-                loop.call_soon_threadsafe(self._end)
+                loop.call_soon_threadsafe(self._end, answer, result)
 
         self._pending += 1
-        future = self._executor.submit(job, *args, **kwargs)
-        # Not when the caller is done with it: a job that runs keeps its thread to the end.
-        future.add_done_callback(ended)
-        return await asyncio.wrap_future(future)
+        submitted = self._executor.submit(work)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            # A job that runs keeps its thread, and its place, to the end.
+            if submitted.cancel():
+                self._pending -= 1
+            raise
 
     def close(self, timeout_seconds: float = 1.0) -> None:
         """End the threads; what has not begun never will, what runs is given some time."""
@@ -116,8 +147,17 @@ class CpuPool:
         closing.start()
         closing.join(timeout_seconds)
 
-    def _end(self) -> None:
+    def _end(self, answer: asyncio.Future[T], result: T | BaseException) -> None:
         self._pending -= 1
+        if answer.done():  # the caller left
+            return
+        if isinstance(result, BaseException):
+            answer.set_exception(result)
+        else:
+            answer.set_result(result)
+
+    def _begin_turn(self) -> None:
+        self._here_seconds = 0.0
 
 
 def _overloaded(excess_seconds: float) -> Overloaded:

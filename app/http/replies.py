@@ -22,6 +22,18 @@ from app.types import Vector
 
 Fields = dict[str, Any]
 
+_JSON_TYPE = ((b"content-type", b"application/json"),)
+
+
+class BytesReply(Response):
+    """A reply whose headers are bytes already; nothing of them is encoded or looked for."""
+
+    def __init__(self, body: bytes, headers: Sequence[tuple[bytes, bytes]] = _JSON_TYPE) -> None:
+        self.status_code = 200
+        self.body = body
+        self.background = None
+        self.raw_headers = [*headers, (b"content-length", b"%d" % len(body))]
+
 
 def classify_fields(state: ServiceState, answered: Answered, top_k: int) -> Fields:
     """Rank an image's classes."""
@@ -54,23 +66,16 @@ def json_reply(
     fields_of: Callable[[Answered], Fields],
 ) -> Response:
     """Answer with one result, or with the list of them."""
-    manifest = state.package.manifest
-    head: Fields = {"model": manifest.name, "version": manifest.version}
     if several:
         for outcome in outcomes:  # an error that is raised is counted where it is handled
             if isinstance(outcome, ServiceError):
                 state.metrics.count_error(outcome)
-        results = [_item(context, outcome, fields_of) for outcome in outcomes]
-        content = head | {"results": results}
-    else:
-        (outcome,) = outcomes
-        if isinstance(outcome, ServiceError):
-            raise outcome
-        content = head | _item(context, outcome, fields_of)
-    # float32 is written with the fewest digits that give the same float32 back.
-    return Response(
-        orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json"
-    )
+        items = [_item(context, outcome, fields_of) for outcome in outcomes]
+        return BytesReply(b'%b"results":%b}' % (state.reply_head, _json(items)))
+    (outcome,) = outcomes
+    if isinstance(outcome, ServiceError):
+        raise outcome
+    return BytesReply(state.reply_head + _json(_item(context, outcome, fields_of))[1:])
 
 
 def octet_reply(state: ServiceState, outcomes: Sequence[Outcome], query: EmbedQuery) -> Response:
@@ -85,12 +90,18 @@ def octet_reply(state: ServiceState, outcomes: Sequence[Outcome], query: EmbedQu
             raise outcome
         vectors.append(embedding_of(outcome, query).tobytes())
     manifest = state.package.manifest
-    headers = {
-        "x-model": manifest.name,
-        "x-model-version": manifest.version,
-        "x-embedding-dim": str(manifest.embedding_dim),
-    }
-    return Response(b"".join(vectors), 200, headers, "application/octet-stream")
+    headers = [
+        (b"content-type", b"application/octet-stream"),
+        (b"x-model", manifest.name.encode()),
+        (b"x-model-version", manifest.version.encode()),
+        (b"x-embedding-dim", b"%d" % manifest.embedding_dim),
+    ]
+    return BytesReply(b"".join(vectors), headers)
+
+
+def _json(content: object) -> bytes:
+    # float32 is written with the fewest digits that give the same float32 back.
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def _item(
@@ -105,4 +116,5 @@ def _item(
         "inference": milliseconds(outcome.row.inference_seconds),
         "total": milliseconds(time.monotonic() - context.started_at),
     }
-    return fields | {"timing_ms": timing}
+    fields["timing_ms"] = timing
+    return fields

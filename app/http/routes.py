@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import JSONResponse
 
-from app.errors import DeadlineExceeded
 from app.http import schemas
-from app.http.context import RequestContext
-from app.http.deps import ContextDep, DeadlineDep, StateDep, require_api_key
+from app.http.deps import StateDep, require_api_key
+from app.http.hot import HotRoute, ImageRequest, ImageRequestDep
 from app.http.inputs import read_inputs
 from app.http.pipeline import (
     Answered,
@@ -22,10 +19,8 @@ from app.http.pipeline import (
     Pipeline,
     milliseconds,
     note_outcomes,
-    unless_caller_leaves,
 )
 from app.http.replies import Fields, classify_fields, embed_fields, json_reply, octet_reply
-from app.http.state import ServiceState
 
 # A reply larger than this is put together in a thread: it would hold up the loop for a millisecond
 # or more.
@@ -92,14 +87,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     openapi_extra=_IMAGE_BODY,
 )
 async def classify(
-    request: Request,
-    state: StateDep,
-    context: ContextDep,
-    deadline: DeadlineDep,
-    query: Annotated[schemas.ClassifyQuery, Query()],
+    request: ImageRequestDep, query: Annotated[schemas.ClassifyQuery, Query()]
 ) -> Response:
     """Name what an image shows: the `top_k` most probable classes."""
-    outcomes, several = await _answer(request, state, context, deadline)
+    outcomes, several = await _answer(request)
+    state, context = request.state, request.context
 
     def fields(one: Answered) -> Fields:
         return classify_fields(state, one, query.top_k)
@@ -116,19 +108,16 @@ async def classify(
     openapi_extra=_IMAGE_BODY,
 )
 async def embed(
-    request: Request,
-    state: StateDep,
-    context: ContextDep,
-    deadline: DeadlineDep,
-    query: Annotated[schemas.EmbedQuery, Query()],
+    request: ImageRequestDep, query: Annotated[schemas.EmbedQuery, Query()]
 ) -> Response:
     """Turn an image into a vector: pooled, after the network's final norm.
 
     With `Accept: application/octet-stream` the reply is the little-endian float32 bytes alone,
     one vector after the other; an image that cannot be used then fails the whole request.
     """
-    outcomes, several = await _answer(request, state, context, deadline)
-    if _wants_bytes(request.headers.get("accept", "")):
+    outcomes, several = await _answer(request)
+    state, context = request.state, request.context
+    if _wants_bytes(context.header(b"accept")):
         return octet_reply(state, outcomes, query)
 
     def fields(one: Answered) -> Fields:
@@ -137,6 +126,16 @@ async def embed(
     if len(outcomes) > MANY_VECTORS:
         return await state.pool.run(json_reply, state, context, outcomes, several, fields)
     return json_reply(state, context, outcomes, several, fields)
+
+
+HOT = {
+    route.path: route
+    for route in (
+        HotRoute("/classify", classify, schemas.ClassifyQuery),
+        HotRoute("/embed", embed, schemas.EmbedQuery),
+    )
+}
+"""The routes that requests reach without FastAPI."""
 
 
 @router.get(
@@ -191,25 +190,16 @@ def _wants_bytes(accept: str) -> bool:
     return False
 
 
-async def _answer(
-    request: Request, state: ServiceState, context: RequestContext, deadline: float
-) -> tuple[Sequence[Outcome], bool]:
-    """Read a request's images and answer them."""
-    pipeline = Pipeline(state, state.model(), deadline)
+async def _answer(request: ImageRequest) -> tuple[Sequence[Outcome], bool]:
+    """Read a request's images and answer them; tell whether the reply is a list."""
+    state, context = request.state, request.context
+    pipeline = Pipeline(state, state.model(), context.deadline)
     pipeline.check_admission()  # what cannot be answered need not be sent
-    settings = state.settings
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            inputs = await read_inputs(
-                request,
-                state.pool,
-                deadline=deadline,
-                body_limit=settings.body_limit_bytes,
-                max_images=settings.max_images,
-            )
-    except TimeoutError:
-        raise DeadlineExceeded("the deadline passed before the body had arrived") from None
+    inputs = await read_inputs(request, state.pool)
     context.images = len(inputs.items)
-    outcomes = await unless_caller_leaves(request, pipeline.answer_all(inputs.items))
+    if inputs.several:
+        outcomes = await pipeline.answer_all(inputs.items)
+    else:
+        outcomes = [await pipeline.answer_one(*inputs.items)]
     note_outcomes(context, outcomes)
     return outcomes, inputs.several

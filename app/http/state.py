@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+
+import orjson
 
 from app.backends.base import BackendInfo
 from app.engine.base import Engine, EngineStatus, GoldenCheck, Profile
@@ -57,6 +60,13 @@ class ServiceState:
     loaded: LoadedModel | None = None
     draining: bool = False
     board: Board | None = None
+
+    @cached_property
+    def reply_head(self) -> bytes:
+        """The JSON with which every result begins: who answers, and a comma."""
+        manifest = self.package.manifest
+        head = orjson.dumps({"model": manifest.name, "version": manifest.version})
+        return head[:-1] + b","
 
     def model(self) -> LoadedModel:
         """Return the loaded model.

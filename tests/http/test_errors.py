@@ -224,7 +224,7 @@ def test_what_is_not_there_is_not_found(service: RunningService, method: str, pa
         ("OPTIONS", "/classify", "POST"),
         ("PUT", "/embed", "POST"),
         ("DELETE", "/embed", "POST"),
-        ("BREW", "/embed", "POST"),
+        ("PROPFIND", "/embed", "POST"),
         ("POST", "/models", "GET"),
         ("POST", "/livez", "GET"),
         ("PATCH", "/readyz", "GET"),

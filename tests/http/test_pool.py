@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from app.errors import DeadlineExceeded, Overloaded
-from app.http.pool import CpuPool
+from app.http.pool import HERE_SECONDS, CpuPool
 from tests.servers import WAIT_SECONDS
 
 FAR = 1e9
@@ -193,3 +193,30 @@ def test_the_wait_follows_what_jobs_took(pool: CpuPool) -> None:
 
     assert pool._mean_seconds >= 0.005
     assert pool.wait_seconds() == 0
+
+
+def test_a_turn_of_the_loop_does_so_much_itself_and_no_more(pool: CpuPool) -> None:
+    async def scenario() -> None:
+        assert pool.has_time_here()
+        assert pool.run_here(lambda: 7) == 7
+        assert pool.has_time_here()
+        pool.run_here(time.sleep, HERE_SECONDS)
+        assert not pool.has_time_here()
+        await asyncio.sleep(0)
+        assert pool.has_time_here()
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_comes_back_from_either_place(pool: CpuPool) -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    async def scenario() -> None:
+        with pytest.raises(ValueError, match="no"):
+            await pool.run(fail)
+        with pytest.raises(ValueError, match="no"):
+            pool.run_here(fail)
+        assert pool._pending == 0
+
+    asyncio.run(scenario())

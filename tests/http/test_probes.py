@@ -12,7 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.http.app import create_app
+from app.http.app import create_api
 from tests.http.wire import check_error, grey, parts
 from tests.servers import (
     WAIT_SECONDS,
@@ -167,7 +167,7 @@ def test_stages_are_those_of_the_contract(text: str) -> None:
 
 def test_routes_are_templates_and_never_what_a_caller_wrote(text: str) -> None:
     with running_service(loaded=False) as service:
-        paths = create_app(service.state).openapi()["paths"]
+        paths = create_api(service.state).openapi()["paths"]
         service.state.pool.close()
 
     routes = {one["route"] for one in scrape(text)["metaserve_request_duration_seconds_count"]}
