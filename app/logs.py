@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import queue
+import select
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal, TextIO
@@ -129,9 +130,24 @@ class BackgroundHandler(logging.Handler):
             self._stream.write(text)
             return
         # Past the stream's buffer, whose lock a blocked writer would hold when the process ends.
-        rest = memoryview(text.encode("utf-8", "backslashreplace"))
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        for piece in whole_lines(text.encode("utf-8", "backslashreplace")):
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+
+
+def whole_lines(text: bytes, most: int = select.PIPE_BUF) -> Iterator[bytes]:
+    """Cut lines into pieces that a pipe takes at once.
+
+    Several processes write to one pipe; the kernel may put another's line into the middle of a
+    longer piece. A line that is longer stands alone.
+    """
+    start = 0
+    while start < len(text):
+        end = text.rfind(b"\n", start, start + most) + 1
+        end = end or text.find(b"\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _dropped_lines(count: int) -> logging.LogRecord:

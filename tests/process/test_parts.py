@@ -19,6 +19,7 @@ from app.child import Child, delay_seconds, in_words
 from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.errors import StartupError
+from app.logs import whole_lines
 from app.metrics_whole import children_seconds, whole_status
 from app.roster import Roster
 from app.runtime_folder import runtime_folder
@@ -232,3 +233,14 @@ def test_an_acceptor_holds_back_while_ahead_and_takes_what_is_left() -> None:
     (ahead,) = asyncio.run(connect_while(3, True))
     assert ahead >= 0.003, "it did not hold back"
     assert asyncio.run(connect_while(0, False)) == []
+
+
+def test_log_lines_go_out_whole_in_pieces_that_a_pipe_takes_at_once() -> None:
+    lines = [b"a" * length + b"\n" for length in (10, 80, 20, 200, 5, 99, 98, 0)]
+
+    pieces = list(whole_lines(b"".join(lines), 100))
+
+    assert b"".join(pieces) == b"".join(lines)
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert all(len(piece) <= 100 or piece.count(b"\n") == 1 for piece in pieces)
+    assert len(pieces) == 6, "lines that fit together go together"
