@@ -122,7 +122,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from app.main import serve
+    from app.serve import serve
 
     return serve(_settings(arguments))
 

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import queue
+import select
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Literal, TextIO
@@ -128,9 +130,24 @@ class BackgroundHandler(logging.Handler):
             self._stream.write(text)
             return
         # Past the stream's buffer, whose lock a blocked writer would hold when the process ends.
-        rest = memoryview(text.encode("utf-8", "backslashreplace"))
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        for piece in whole_lines(text.encode("utf-8", "backslashreplace")):
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+
+
+def whole_lines(text: bytes, most: int = select.PIPE_BUF) -> Iterator[bytes]:
+    """Cut lines into pieces that a pipe takes at once.
+
+    Several processes write to one pipe; the kernel may put another's line into the middle of a
+    longer piece. A line that is longer stands alone.
+    """
+    start = 0
+    while start < len(text):
+        end = text.rfind(b"\n", start, start + most) + 1
+        end = end or text.find(b"\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _dropped_lines(count: int) -> logging.LogRecord:
@@ -146,11 +163,19 @@ def is_text(log_format: LogFormat, stream: TextIO | None) -> bool:
     return log_format == "text" or (log_format == "auto" and stream is not None and stream.isatty())
 
 
-def configure_logs(level: str, log_format: LogFormat) -> None:
-    """Send every log line of the process to standard error in one form."""
+def configure_logs(level: str, log_format: LogFormat, process: str | None = None) -> None:
+    """Send every log line of the process to standard error in one form.
+
+    Args:
+        level: least severity.
+        log_format: for people or machines.
+        process: a field of every line, where a service has several processes.
+    """
     stream = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - it stays open to the end
     handler = BackgroundHandler(stream)
     handler.setFormatter(TextFormatter() if is_text(log_format, stream) else JsonFormatter())
+    if process is not None:
+        handler.addFilter(_name_process(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
     # No line of ours says which thread, process or source line wrote it; finding out takes longer
@@ -162,6 +187,14 @@ def configure_logs(level: str, log_format: LogFormat) -> None:
     logging.getLogger("asyncio").setLevel(max(logging.WARNING, logging.root.level))
     # It warns of every body that is not well formed; the request's own line says so.
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
+
+
+def _name_process(process: str) -> Callable[[logging.LogRecord], bool]:
+    def name(record: logging.LogRecord) -> bool:
+        record.fields = {"process": process, **getattr(record, "fields", {})}
+        return True
+
+    return name
 
 
 def _printable(value: object) -> str:

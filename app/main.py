@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-import prometheus_client
-
 from app.assemble import WarmCore, open_core
+from app.backends.base import BackendInfo
 from app.cpu import cpu_limit
 from app.engine.local import LocalEngine
 from app.errors import StartupError
@@ -19,61 +20,91 @@ from app.http.app import create_app
 from app.http.pool import CpuPool
 from app.http.state import LoadedModel, ServiceState
 from app.images.read import check_decoder
-from app.logs import configure_logs, is_text
+from app.listener import bind, url_of, what_to_type
+from app.logs import is_text
 from app.metrics import Metrics
-from app.server import Server, bind
+from app.metrics_port import serve_metrics_apart
+from app.server import Server
 from app.settings import Settings
 from models.package import PackageError, open_package
 
 log = logging.getLogger("metaserve")
 
 
-def serve(settings: Settings) -> int:
-    """Serve until a signal comes; returns the exit code.
+def serve_alone(settings: Settings) -> int:
+    """Serve from this process until a signal comes; returns the exit code.
 
     Raises:
         StartupError: what can be known to be wrong before the model is loaded.
         PackageError: there is no such package.
     """
-    configure_logs(settings.log_level, settings.log_format)
     state = build_state(settings)
     app = create_app(state)
-    _serve_metrics_apart(state)
-    listener = bind(settings.host, settings.port)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    server = Server(app, state)
-    changed = settings.model_dump(mode="json", exclude_defaults=True)
-    log.info("listening on %s, loading %s", url, state.package.path, extra={"fields": changed})
+    with serve_metrics_apart(settings, state.metrics.registry):
+        listener = bind(settings.host, settings.port)
+        url = url_of(listener)
+        server = Server(app, state)
+        changed = settings.model_dump(mode="json", exclude_defaults=True)
+        log.info("listening on %s, loading %s", url, state.package.path, extra={"fields": changed})
+        load_and_run(
+            server,
+            listener,
+            lambda: load_model(state),
+            lambda: log.info("ready: %s", what_to_type(settings, url)),
+        )
+    end_in_spite_of_threads()
+    return 0
+
+
+def load_and_run(
+    server: Server,
+    listener: socket.socket,
+    load: Callable[[], LoadedModel],
+    announce: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until a signal comes, while a thread loads the model.
+
+    Args:
+        server: with its state.
+        listener: what it accepts from.
+        load: loads the model.
+        announce: called once it is loaded.
+
+    Raises:
+        StartupError: the model cannot be loaded.
+    """
     failures: list[str] = []
 
-    def load() -> None:
+    def load_then_announce() -> None:
         try:
-            state.loaded = load_model(state)
+            server.state.loaded = load()
         except (StartupError, PackageError) as error:
             failures.append(str(error))
         except Exception as error:
             log.exception("loading the model hit a fault of ours")
             failures.append(f"the model cannot be loaded: {error}")
         else:
-            log.info("ready: %s", _what_to_type(state, url))
+            announce()
             return
         server.stop()
 
     # A daemon: SIGTERM while a large model loads does not wait for it.
-    threading.Thread(target=load, name="load", daemon=True).start()
+    threading.Thread(target=load_then_announce, name="load", daemon=True).start()
     server.run(sockets=[listener])
     if failures:
         raise StartupError(failures[0])
+
+
+def end_in_spite_of_threads() -> None:
+    """End the process now, with 0, if native code still runs in a thread of ours."""
     if any(thread.name.startswith(("load", "engine-", "cpu")) for thread in threading.enumerate()):
         # Still loading, a batch that hangs, a long decode: their native code must not meet an
         # interpreter that is being taken down.
         logging.shutdown()
         os._exit(0)
-    return 0
 
 
-def build_state(settings: Settings) -> ServiceState:
+def build_state(settings: Settings, metrics: Metrics | None = None) -> ServiceState:
     """Find the package and put a service's state together; the model is not loaded yet.
 
     Raises:
@@ -81,10 +112,6 @@ def build_state(settings: Settings) -> ServiceState:
         PackageError: there is no such package.
         SystemExit: it was to be exported on first use, and that failed or was ended.
     """
-    if settings.workers > 1:
-        raise StartupError(
-            "this version serves with METASERVE_WORKERS=1; run several replicas for more"
-        )
     check_decoder(settings.decode)
     relay = not is_text(settings.log_format, sys.stderr)
     package = open_package(locate_package(settings, log.info, relay))
@@ -92,7 +119,7 @@ def build_state(settings: Settings) -> ServiceState:
     return ServiceState(
         settings=settings,
         package=package,
-        metrics=Metrics(),
+        metrics=metrics or Metrics(),
         pool=CpuPool(threads, settings.queue_budget_ms / 1000),
         api_keys=read_api_keys(settings.api_keys_file),
     )
@@ -111,13 +138,18 @@ def load_model(state: ServiceState) -> LoadedModel:
 
 def wire_model(state: ServiceState, warm: WarmCore) -> LoadedModel:
     """Put an engine around a core and show it in the metrics."""
-    metrics, info, manifest = state.metrics, warm.backend, state.package.manifest
     engine = LocalEngine(warm.core)
-    metrics.watch(engine.status, state.pool.wait_seconds)
+    state.metrics.watch(engine.status, state.pool.wait_seconds)
+    show_model(state, warm.backend)
+    return LoadedModel(engine, warm.backend, warm.golden, warm.profile)
+
+
+def show_model(state: ServiceState, info: BackendInfo) -> None:
+    """Say in metrics and log what is served, and on what."""
+    manifest = state.package.manifest
     labels = manifest.name, manifest.version, manifest.variant
-    metrics.model_info.labels(*labels, info.name, info.precision, info.device).set(1)
+    state.metrics.model_info.labels(*labels, info.name, info.precision, info.device).set(1)
     log.info("%s %s on %s", manifest.name, manifest.version, info.runtime)
-    return LoadedModel(engine, info, warm.golden, warm.profile)
 
 
 def read_api_keys(path: Path | None) -> frozenset[str] | None:
@@ -136,24 +168,3 @@ def read_api_keys(path: Path | None) -> frozenset[str] | None:
     if not keys:
         raise StartupError(f"METASERVE_API_KEYS_FILE {path} holds no key; put one on a line")
     return keys
-
-
-def _serve_metrics_apart(state: ServiceState) -> None:
-    port = state.settings.metrics_port
-    if port is None:
-        return
-    if port == state.settings.port != 0:
-        raise StartupError(f"METASERVE_METRICS_PORT and METASERVE_PORT are both {port}; change one")
-    host, registry = state.settings.host, state.metrics.registry
-    try:
-        server, _ = prometheus_client.start_http_server(port, host, registry)
-        log.info("metrics on port %d", server.server_port)
-    except OSError as error:
-        raise StartupError(
-            f"METASERVE_METRICS_PORT={port} cannot be opened: {error.strerror}"
-        ) from error
-
-
-def _what_to_type(state: ServiceState, url: str) -> str:
-    key = " -H 'Authorization: Bearer <key>'" if state.api_keys is not None else ""
-    return f"try  curl{key} --data-binary @IMAGE {url}/classify  or open {url}/docs"

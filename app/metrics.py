@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +16,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from app.engine.base import EngineStatus
 from app.errors import (
@@ -44,7 +46,36 @@ SECONDS = (
     10.0,
 )
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+IDLE = EngineStatus(0, 0, 0, 0.0, 0.0, None)
 STAGES = ("decode", "queue", "inference", "rank")
+
+
+class EngineGauges(Collector):
+    """How the engine fares, asked when somebody looks.
+
+    Args:
+        status: of the whole service.
+    """
+
+    def __init__(self, status: Callable[[], EngineStatus]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the three gauges."""
+        status = self._status()
+        yield GaugeMetricFamily(
+            "metaserve_queue_depth", "Images waiting for a batch.", status.queue_depth
+        )
+        yield GaugeMetricFamily(
+            "metaserve_queue_wait_estimate_seconds",
+            "How long an image that came now would wait, for a decoding thread and for its batch.",
+            status.predicted_wait_seconds,
+        )
+        yield GaugeMetricFamily(
+            "metaserve_inflight_batches",
+            "Batches the backend is running.",
+            status.running_batches,
+        )
 
 
 @dataclass(frozen=True)
@@ -64,16 +95,21 @@ class BatchMetrics:
 
 
 class Metrics:
-    """The service's metrics in a registry of their own."""
+    """The service's metrics in a registry of their own.
 
-    def __init__(self) -> None:
-        registry = CollectorRegistry()
+    Args:
+        whole: shows what all processes of the service have put into their files, this one too; None
+            where there is one process, which keeps its values in memory.
+    """
+
+    def __init__(self, whole: CollectorRegistry | None = None) -> None:
         # A second time series for each metric, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        GCCollector(registry=registry)
-        self.registry = registry
+        self._status: Callable[[], EngineStatus] = lambda: IDLE
+        self.registry = whole or _registry_of_one_process()
+        registry = None if whole else self.registry
+        if registry is not None:
+            registry.register(EngineGauges(lambda: self._status()))
         self.request_duration = Histogram(
             "metaserve_request_duration_seconds",
             "Time from a request's head to the end of its reply, by route template and status.",
@@ -96,17 +132,6 @@ class Metrics:
             "Images in each batch the backend ran.",
             buckets=BATCH_SIZES,
             registry=registry,
-        )
-        self.queue_depth = Gauge(
-            "metaserve_queue_depth", "Images waiting for a batch.", registry=registry
-        )
-        self.queue_wait_estimate = Gauge(
-            "metaserve_queue_wait_estimate_seconds",
-            "How long an image that came now would wait, for a decoding thread and for its batch.",
-            registry=registry,
-        )
-        self.inflight_batches = Gauge(
-            "metaserve_inflight_batches", "Batches the backend is running.", registry=registry
         )
         self.requests_refused = Counter(
             "metaserve_requests_refused_total",
@@ -135,6 +160,7 @@ class Metrics:
             "metaserve_model_info",
             "The loaded model; always 1.",
             ("name", "version", "variant", "backend", "precision", "device"),
+            multiprocess_mode="max",
             registry=registry,
         )
 
@@ -157,11 +183,7 @@ class Metrics:
         self, status: Callable[[], EngineStatus], decode_wait_seconds: Callable[[], float]
     ) -> None:
         """Read the gauges when they are scraped, at no cost to requests."""
-        self.queue_depth.set_function(lambda: status().queue_depth)
-        self.queue_wait_estimate.set_function(
-            lambda: decode_wait_seconds() + status().predicted_wait_seconds
-        )
-        self.inflight_batches.set_function(lambda: status().running_batches)
+        self._status = lambda: with_wait(status(), decode_wait_seconds())
 
     def batch_observer(self, backend: str) -> BatchMetrics:
         """Return what tells these metrics of a backend's batches."""
@@ -170,3 +192,16 @@ class Metrics:
     def render(self) -> bytes:
         """Return the text exposition format."""
         return generate_latest(self.registry)
+
+
+def _registry_of_one_process() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+def with_wait(status: EngineStatus, seconds: float) -> EngineStatus:
+    """Return a status whose predicted wait holds that for a decoding thread too."""
+    return replace(status, predicted_wait_seconds=status.predicted_wait_seconds + seconds)

@@ -82,7 +82,15 @@ class Settings(BaseSettings):
         8000, description="Port to listen on; 0 takes a free one and logs it."
     )
     workers: Annotated[int, Field(ge=1)] = Field(
-        1, description="HTTP processes. This version serves with 1; run replicas for more."
+        1,
+        description="HTTP processes. They share the CPUs, and THREADS, among them; what they share "
+        "of the engine, ENGINE says.",
+    )
+    engine: Literal["auto", "own", "shared"] = Field(
+        "auto",
+        description="Whether each HTTP process has an engine of its `own`, or all feed one "
+        "`shared` engine process. `auto` shares where several processes use one GPU or Triton "
+        "server.",
     )
     max_batch_size: Annotated[int, Field(ge=1, le=1024)] = Field(
         32, description="Upper limit of a batch; warm-up may find a smaller one as fast."
@@ -186,6 +194,12 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
         shown = f"--{name.replace('_', '-')}" if name in given else f"{PREFIX}{name.upper()}"
         message = first["msg"][0].lower() + first["msg"][1:]
         raise StartupError(f"{shown}={first['input']!r} cannot be used: {message}") from error
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """Return the variables that give a process of ours these settings."""
+    changed = settings.model_dump(mode="json", exclude_defaults=True)
+    return {f"{PREFIX}{name.upper()}": str(value) for name, value in changed.items()}
 
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:

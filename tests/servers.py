@@ -25,8 +25,9 @@ from app.engine.base import Profile
 from app.engine.timing import ServiceTimes
 from app.http.app import create_app
 from app.http.state import LoadedModel, ServiceState
+from app.listener import bind
 from app.main import build_state, load_model, wire_model
-from app.server import Server, bind
+from app.server import Server
 from app.settings import Settings
 from app.types import Batch, Rows
 from models.package import PRETRAINED, open_package

@@ -17,13 +17,12 @@ metrics_router = APIRouter()
 @router.get("/livez", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
 async def livez(state: StateDep) -> schemas.Health:
     """Fail only when work is pending and nothing has completed for too long."""
-    if state.loaded is not None:
-        status = state.loaded.engine.status()
-        if status.stalled_seconds > state.settings.stall_seconds:
-            last = f"; its last error: {status.last_error}" if status.last_error else ""
-            raise BackendUnavailable(
-                f"work is pending and nothing completed for {status.stalled_seconds:.0f} s{last}"
-            )
+    status = state.stalled()
+    if status is not None:
+        last = f"; its last error: {status.last_error}" if status.last_error else ""
+        raise BackendUnavailable(
+            f"work is pending and nothing completed for {status.stalled_seconds:.0f} s{last}"
+        )
     return schemas.Health(status="alive")
 
 
@@ -33,7 +32,8 @@ async def readyz(state: StateDep) -> schemas.Health:
     """Succeed from the end of warm-up until SIGTERM; overload does not change it."""
     if state.draining:
         raise Draining("the service is stopping")
-    state.model()
+    if not state.model().is_connected():
+        raise BackendUnavailable("the engine process has ended and is being started again")
     return schemas.Health(status="ready")
 
 

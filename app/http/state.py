@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import orjson
 
 from app.backends.base import BackendInfo
-from app.engine.base import Engine, GoldenCheck, Profile
+from app.engine.base import Engine, EngineStatus, GoldenCheck, Profile
+from app.engine.board import Board
 from app.errors import NotReady
 from app.http.pool import CpuPool
 from app.metrics import Metrics
@@ -25,12 +27,14 @@ class LoadedModel:
         backend: what runs the network.
         golden: how this machine's answers differ from torch in float32; None for a fake.
         profile: what warm-up measured.
+        is_connected: whether the engine answers; one in this process always does.
     """
 
     engine: Engine
     backend: BackendInfo
     golden: GoldenCheck | None
     profile: Profile
+    is_connected: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -45,6 +49,7 @@ class ServiceState:
         api_keys: keys that are let in; None lets everybody in.
         loaded: the model, None while it loads.
         draining: SIGTERM came: still serving, no longer ready.
+        board: how the engines of all processes fare; None where this is the only process.
     """
 
     settings: Settings
@@ -54,6 +59,7 @@ class ServiceState:
     api_keys: frozenset[str] | None = None
     loaded: LoadedModel | None = None
     draining: bool = False
+    board: Board | None = None
 
     @cached_property
     def reply_head(self) -> bytes:
@@ -71,3 +77,13 @@ class ServiceState:
         if self.loaded is None:
             raise NotReady("the model is still loading; try again in a moment")
         return self.loaded
+
+    def stalled(self) -> EngineStatus | None:
+        """Return the status of an engine of the service that has made no progress for too long."""
+        statuses = [self.loaded.engine.status()] if self.loaded else []
+        if self.board is not None:
+            statuses += [self.board.read(row) for row in range(self.board.rows)]
+        worst = max(statuses, key=lambda status: status.stalled_seconds, default=None)
+        if worst is None or worst.stalled_seconds <= self.settings.stall_seconds:
+            return None
+        return worst

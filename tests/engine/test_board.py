@@ -64,3 +64,12 @@ def test_a_closed_board_leaves_no_descriptor() -> None:
     board.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(board.descriptor)
+
+
+def test_a_row_ages_from_when_it_was_last_written() -> None:
+    board = Board.create(1)
+    assert board.age_seconds(0) > 1.0, "a row that was never written is as old as the machine"
+    board.publish(0, IDLE)
+    first, second = board.age_seconds(0), board.age_seconds(0)
+    assert 0 <= first <= second
+    board.close()

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from examples.digits.data import held_out
+from tests.process.callers import sample
 from tests.servers import EMBEDDED, ServiceProcess, service_process, wait_until
 
 PNG, _ = held_out()[0]
@@ -46,7 +47,7 @@ def refusing_start(env: dict[str, str], *args: str) -> Iterator[tuple[int, str]]
         ({"METASERVE_PORT": "http"}, (), "METASERVE_PORT='http' cannot be used"),
         ({}, ("--max-batch-size", "0"), "--max-batch-size='0' cannot be used"),
         ({"METASERVE_MODEL": "nosuch"}, (), "one of: caformer_digits"),
-        ({"METASERVE_WORKERS": "2"}, (), "METASERVE_WORKERS=1"),
+        ({"METASERVE_WORKERS": "0"}, (), "METASERVE_WORKERS='0' cannot be used"),
         (
             {"METASERVE_BACKEND": "triton", "METASERVE_TRITON_URL": "127.0.0.1:1"},
             ("--triton-wait-s", "0"),
@@ -144,7 +145,7 @@ def test_admitted_requests_are_answered_after_the_port_has_closed() -> None:
     env = {**SLOW, "METASERVE_MAX_BATCH_SIZE": "1", "METASERVE_DRAIN_TIMEOUT_S": "60"}
     with service_process(env) as service, ThreadPoolExecutor(10) as pool:
         calls = [pool.submit(classify, service) for _ in range(10)]
-        wait_for_queue(service, 8)
+        wait_for_admitted(service, 10)
         service.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not listens(service), "the port closes")
         waiting = [call for call in calls if not call.done()]
@@ -217,6 +218,18 @@ def wait_for_queue(service: ServiceProcess, depth: int) -> None:
         return float(line.split()[1])
 
     wait_until(lambda: depth_now() >= depth, f"the queue holds {depth} images")
+
+
+def wait_for_admitted(service: ServiceProcess, count: int) -> None:
+    def admitted() -> float:
+        text = httpx.get(f"{service.url}/metrics", trust_env=False).text
+        answered = sample(
+            text, "metaserve_request_duration_seconds_count", route="/classify", status="200"
+        )
+        waiting = sample(text, "metaserve_queue_depth")
+        return answered + waiting + sample(text, "metaserve_inflight_batches")
+
+    wait_until(lambda: admitted() >= count, f"{count} images are admitted, one a batch")
 
 
 def test_sigterm_while_the_model_loads_ends_with_0() -> None:

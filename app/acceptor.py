@@ -1,0 +1,108 @@
+"""Acceptor: takes connections from a port that several processes accept from, one at a time.
+
+An event loop's own server accepts all that wait in one go, so that one process would get every
+connection of a caller that opens them together. Accepting one in each turn of the loop does not
+help: whoever is awake takes the next before another has woken up. So a process that has more
+connections than another holds back for a moment, and takes what is still there afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+log = logging.getLogger("metaserve.server")
+
+# Out of descriptors or memory: the loop must not spin on a connection that cannot be taken.
+REST_SECONDS = 0.1
+# An idle process needs a tenth of it to wake up, one on a busy machine several times that: the
+# further ahead, the longer.
+HOLD_BACK_SECONDS = 0.001
+MOST_HOLD_BACKS = 5
+
+
+class Acceptor:
+    """Accepts for one process while it may.
+
+    Args:
+        listener: shared with other processes, non-blocking.
+        new_protocol: makes what speaks on a connection.
+        may_accept: whether this process should take connections now.
+        lead: how many connections more than another process this one has.
+        counted: told of each connection before it is served.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        new_protocol: Callable[[], asyncio.Protocol],
+        may_accept: Callable[[], bool],
+        lead: Callable[[], int],
+        counted: Callable[[], None],
+    ) -> None:
+        self._listener = listener
+        self._new_protocol = new_protocol
+        self._may_accept = may_accept
+        self._lead = lead
+        self._counted = counted
+        self._loop = asyncio.get_running_loop()
+        self._is_open = False
+        self._rests_until = 0.0
+        self._has_held_back = False
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    @property
+    def arriving(self) -> int:
+        """How many connections have been accepted and are not served yet."""
+        return len(self._tasks)
+
+    def update(self) -> None:
+        """Begin or cease to accept, as is right now; called again and again."""
+        wanted = self._may_accept() and self._loop.time() >= self._rests_until
+        if wanted and not self._is_open:
+            self._loop.add_reader(self._listener, self._accept_one)
+        elif self._is_open and not wanted:
+            self._loop.remove_reader(self._listener)
+        self._is_open = wanted
+
+    def close(self) -> None:
+        """Accept no more."""
+        self._may_accept = lambda: False
+        self.update()
+
+    def _accept_one(self) -> None:
+        if not self._may_accept():
+            self.update()
+            return
+        lead = self._lead()
+        if lead > 0 and not self._has_held_back:
+            self._has_held_back = True
+            self._rest(HOLD_BACK_SECONDS * min(lead, MOST_HOLD_BACKS))
+            return
+        self._has_held_back = False
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+            return  # another process was faster, or the caller left
+        except OSError as error:
+            log.error("a connection cannot be accepted: %s", error)
+            self._rest(REST_SECONDS)
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._counted()
+
+    def _rest(self, seconds: float) -> None:
+        self._rests_until = self._loop.time() + seconds
+        self.update()
+        self._loop.call_later(seconds, self.update)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._new_protocol, connection)
+        except OSError:  # it was reset before anything was said
+            connection.close()

@@ -1,0 +1,27 @@
+"""`metaserve serve`: chooses the shape of the service and runs it."""
+
+from __future__ import annotations
+
+from app.logs import configure_logs
+from app.settings import Settings
+from app.shape import choose_shape
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal comes; returns the exit code.
+
+    Raises:
+        StartupError: the service cannot start.
+        PackageError: the package cannot be used.
+        SystemExit: it was to be exported on first use, and that failed or was ended.
+    """
+    configure_logs(settings.log_level, settings.log_format)
+    shape = choose_shape(settings)
+    if shape.is_one_process:
+        from app.main import serve_alone
+
+        return serve_alone(settings)
+    # A supervisor never loads what HTTP and the network need.
+    from app.supervisor import supervise
+
+    return supervise(settings, shape)

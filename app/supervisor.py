@@ -1,0 +1,266 @@
+"""The parent of a service's processes: starts them, watches them, ends them.
+
+    signals ----\
+    SIGCHLD -----> select() --> a process has ended: start it again, later each time
+    reports ----/               SIGTERM, SIGINT: passed on; the engine process goes last
+
+It waits in `select` and costs nothing while nothing happens. The processes hold the other end of a
+pipe: when the supervisor is killed they read its end, finish what they have, and go.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from app.child import Child, in_words
+from app.engine.board import Board
+from app.errors import StartupError
+from app.first_use import locate_package
+from app.listener import bind, url_of, what_to_type
+from app.logs import is_text
+from app.metrics_port import serve_metrics_apart
+from app.metrics_whole import whole_registry
+from app.roster import Roster
+from app.runtime_folder import runtime_folder
+from app.seat import Seat, engine_path
+from app.settings import PREFIX, Settings, as_environment
+from app.shape import Shape
+
+log = logging.getLogger("metaserve.supervisor")
+
+# Beyond the drain: connections get 2 s for their refusals, engine and threads 1 s each.
+GRACE_SECONDS = 5.0
+WORKER, ENGINE = "app.worker", "app.engine_process"
+
+
+def supervise(settings: Settings, shape: Shape) -> int:
+    """Serve with several processes until a signal comes; returns the exit code.
+
+    Raises:
+        StartupError: the service cannot start.
+        PackageError: there is no such package.
+        SystemExit: it was to be exported on first use, and that failed or was ended.
+    """
+    relay = not is_text(settings.log_format, sys.stderr)
+    package = locate_package(settings, log.info, relay)
+    settings = settings.model_copy(update={"model": str(package.resolve())})
+    with runtime_folder() as folder, bind(settings.host, settings.port) as listener:
+        changed = settings.model_dump(mode="json", exclude_defaults=True)
+        url = url_of(listener)
+        log.info("listening on %s, loading %s", url, package, extra={"fields": changed})
+        supervisor = Supervisor(settings, shape, listener, folder)
+        registry = whole_registry(folder, supervisor.board, supervisor.roster)
+        with serve_metrics_apart(settings, registry):
+            failure = supervisor.run()
+    if failure is not None:
+        raise StartupError(failure)
+    log.info("stopped")
+    return 0
+
+
+class Supervisor:
+    """Runs the processes of a service.
+
+    Args:
+        settings: of the service; the model is a package directory.
+        shape: which processes.
+        listener: the HTTP port, which all workers accept from.
+        folder: the runtime directory.
+    """
+
+    def __init__(
+        self, settings: Settings, shape: Shape, listener: socket.socket, folder: str
+    ) -> None:
+        self._settings = settings
+        self._shape = shape
+        self._folder = folder
+        self._listener = listener
+        self._url = url_of(listener)
+        rows = shape.workers + shape.shares_engine
+        self.board = Board.create(rows)
+        self.roster = Roster.create(shape.workers, rows)
+        self._selector = selectors.DefaultSelector()
+        self._is_announced = False
+        self._is_stopping = False
+        self._kill_at: dict[str, float] = {}
+        self._failure: str | None = None
+        # Both ends stay open here; the reading ends, inherited, show when all writers are gone.
+        self._life = os.pipe()
+        self._engine_life = os.pipe()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._engine = self._engine_child() if shape.shares_engine else None
+        self._workers = [self._worker_child(row) for row in range(shape.workers)]
+
+    def run(self) -> str | None:
+        """Run until a signal comes; returns why the service could not start, None if it could."""
+        with self._hearing_signals() as signals:
+            self._selector.register(signals, selectors.EVENT_READ, lambda: self._hear(signals))
+            while not (self._is_stopping and not any(child.pid for child in self._children)):
+                for key, _ in self._selector.select(self._seconds_to_wait()):
+                    key.data()
+                self._turn()
+        self._selector.close()
+        self._socket.close()
+        for descriptor in (*self._life, *self._engine_life):
+            os.close(descriptor)
+        self.board.close()
+        self.roster.close()
+        return self._failure
+
+    @property
+    def _children(self) -> list[Child]:
+        return [*([self._engine] if self._engine else []), *self._workers]
+
+    def _seat(self, name: str, row: int, listener: int, life: int) -> Seat:
+        return Seat(
+            name=name,
+            row=row,
+            workers=self._shape.workers,
+            shares_engine=self._shape.shares_engine,
+            folder=self._folder,
+            listener=listener,
+            board=self.board.descriptor,
+            roster=self.roster.descriptor,
+            life=life,
+        )
+
+    def _worker_child(self, row: int) -> Child:
+        seat = self._seat(f"worker-{row}", row, self._listener.fileno(), self._life[0])
+        # The engine process lives as long as anybody holds the writing end of its pipe.
+        descriptors = (seat.listener, seat.board, seat.roster, seat.life, self._engine_life[1])
+        environment = self._environment(self._shape.worker_threads)
+        return Child(seat, WORKER, environment, descriptors)
+
+    def _engine_child(self) -> Child:
+        # Held here, so that connections wait in it while the process is started again.
+        self._socket.bind(engine_path(self._folder))
+        self._socket.listen(2 * self._shape.workers)
+        fileno = self._socket.fileno()
+        seat = self._seat("engine", self._shape.workers, fileno, self._engine_life[0])
+        environment = self._environment(self._shape.engine_threads)
+        return Child(seat, ENGINE, environment, (fileno, seat.board, seat.roster, seat.life))
+
+    def _environment(self, threads: int) -> Mapping[str, str]:
+        settings = self._settings.model_copy(update={"threads": threads})
+        others = {
+            key: value for key, value in os.environ.items() if not key.upper().startswith(PREFIX)
+        }
+        # Read when prometheus_client is imported: values live in files that all processes see.
+        return others | as_environment(settings) | {"PROMETHEUS_MULTIPROC_DIR": self._folder}
+
+    @contextmanager
+    def _hearing_signals(self) -> Iterator[socket.socket]:
+        """Give a socket from which the numbers of signals are read."""
+        reading, writing = socket.socketpair()
+        reading.setblocking(False)
+        writing.setblocking(False)
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        try:
+            yield reading
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            reading.close()
+            writing.close()
+
+    def _hear(self, signals: socket.socket) -> None:
+        with suppress(BlockingIOError):
+            for number in signals.recv(4096):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    log.info("%s: passing it on", signal.Signals(number).name)
+                    self._stop(signal.Signals(number))
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Pass a signal on to the workers; a second SIGTERM skips their drain delay."""
+        delay = self._settings.drain_delay_s if number == signal.SIGTERM else 0.0
+        if self._is_stopping:
+            delay = 0.0
+        self._is_stopping = True
+        until = time.monotonic() + delay + self._settings.drain_timeout_s + GRACE_SECONDS
+        # The workers have it too; nothing must be accepted once they have closed theirs.
+        self._listener.close()
+        for worker in self._workers:
+            # One that still loads leaves at SIGTERM, and may not have a handler for SIGINT yet.
+            worker.signal(number if worker.is_ready else signal.SIGTERM)
+            self._kill_at[worker.name] = min(until, self._kill_at.get(worker.name, until))
+
+    def _turn(self) -> None:
+        """Do what is due."""
+        for child in self._children:
+            code = child.poll()
+            if code is not None:
+                self._bury(child, code)
+        if self._is_stopping:
+            self._end_engine_last()
+        else:
+            for child in self._children:
+                if child.pid is None and child.due_at <= time.monotonic():
+                    self._start(child)
+        for child in self._children:
+            if child.pid and time.monotonic() >= self._kill_at.get(child.name, float("inf")):
+                log.warning("%s does not end: killing it", child.name)
+                child.signal(signal.SIGKILL)
+                del self._kill_at[child.name]
+
+    def _start(self, child: Child) -> None:
+        try:
+            pid = child.start()
+        except OSError as error:  # no memory, no process ids left
+            seconds = child.forget()
+            log.error("%s cannot be started (%s); again in %g s", child.name, error, seconds)
+            return
+        self.roster.enter(child.seat.row, pid)
+        assert child.report is not None
+        self._selector.register(child.report, selectors.EVENT_READ, lambda: self._listen(child))
+        log.debug("%s started as process %d", child.name, pid)
+
+    def _listen(self, child: Child) -> None:
+        if child.listen():
+            if self._is_announced:
+                log.info("%s serves again", child.name)
+            elif all(worker.is_ready for worker in self._workers):
+                self._is_announced = True
+                log.info("ready: %s", what_to_type(self._settings, self._url))
+
+    def _bury(self, child: Child, code: int) -> None:
+        """Take note of an end, and plan a new beginning."""
+        self.board.withdraw(child.seat.row)
+        self.roster.leave(child.seat.row)
+        if child.report is not None:
+            self._selector.unregister(child.report)
+        ended_at_first = child.failure is not None and not child.has_been_ready
+        seconds = child.forget()
+        if self._is_stopping:
+            return
+        if ended_at_first and not self._is_announced:
+            self._failure = child.failure
+            self._stop(signal.SIGINT)
+            return
+        self.roster.count_restart(child.seat.row)
+        reason = f": {child.failure}" if child.failure else ""
+        log.error("%s %s%s; starting it again in %g s", child.name, in_words(code), reason, seconds)
+
+    def _end_engine_last(self) -> None:
+        engine = self._engine
+        if engine is None or engine.name in self._kill_at or any(w.pid for w in self._workers):
+            return
+        engine.signal(signal.SIGTERM)
+        self._kill_at[engine.name] = time.monotonic() + GRACE_SECONDS
+
+    def _seconds_to_wait(self) -> float | None:
+        """Return how long nothing is due; None while only an event can change that."""
+        dues = list(self._kill_at.values())
+        if not self._is_stopping:
+            dues += [child.due_at for child in self._children if child.pid is None]
+        return max(min(dues) - time.monotonic(), 0.0) if dues else None

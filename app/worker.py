@@ -1,0 +1,79 @@
+"""One HTTP process of several: `python -m app.worker SEAT`, started by the supervisor."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from functools import partial
+
+from app.engine.board import Board
+from app.engine.remote import RemoteEngine
+from app.errors import StartupError
+from app.http.app import create_app
+from app.http.state import LoadedModel
+from app.logs import configure_logs
+from app.main import build_state, end_in_spite_of_threads, load_and_run, load_model, show_model
+from app.metrics import Metrics
+from app.metrics_whole import keep_values_in_files, whole_registry
+from app.roster import Roster
+from app.seat import Seat
+from app.settings import Settings, load_settings
+from app.worker_server import WorkerServer
+from models.package import PackageError
+
+log = logging.getLogger("metaserve")
+
+
+def main(argument: str) -> int:
+    """Serve until the supervisor says stop, or is gone; returns the exit code."""
+    seat = Seat.parse(argument)
+    try:
+        settings = load_settings()
+        configure_logs(settings.log_level, settings.log_format, seat.name)
+        serve(settings, seat)
+    except (StartupError, PackageError) as error:
+        seat.report_failure(str(error))
+        return 2
+    end_in_spite_of_threads()
+    return 0
+
+
+def serve(settings: Settings, seat: Seat) -> None:
+    """Serve this process's share of the callers.
+
+    Raises:
+        StartupError: a setting cannot be met, or the model cannot be loaded.
+        PackageError: the package is damaged.
+    """
+    board = Board(seat.board, seat.rows)
+    roster = Roster(seat.roster, seat.workers, seat.rows)
+    keep_values_in_files(seat.name)
+    state = build_state(settings, Metrics(whole_registry(seat.folder, board, roster)))
+    state.board = board
+    listener = socket.socket(fileno=seat.listener)
+    app = create_app(state)
+    if not seat.shares_engine:
+        server = WorkerServer(app, state, seat, board, roster)
+        load_and_run(server, listener, partial(load_model, state))
+        return
+    engine = RemoteEngine(
+        seat.engine_path,
+        board,
+        row=seat.workers,
+        queue_budget_seconds=settings.queue_budget_ms / 1000,
+    )
+
+    async def connect() -> None:
+        await engine.start()
+        greeting = await engine.until_ready()
+        show_model(state, greeting.info)
+        state.loaded = LoadedModel(
+            engine, greeting.info, greeting.golden, greeting.profile, lambda: engine.is_ready
+        )
+
+    WorkerServer(app, state, seat, board, roster, on_start=connect).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

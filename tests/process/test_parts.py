@@ -1,0 +1,246 @@
+"""The parts of a service of several processes, each alone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import shape as shapes
+from app.acceptor import Acceptor
+from app.child import Child, delay_seconds, in_words
+from app.engine.base import EngineStatus
+from app.engine.board import Board
+from app.errors import StartupError
+from app.logs import whole_lines
+from app.metrics_whole import children_seconds, whole_status
+from app.roster import Roster
+from app.runtime_folder import runtime_folder
+from app.seat import Seat
+from app.settings import Settings, as_environment, load_settings
+from app.shape import choose_shape
+from models.gpu import Gpu, NoGpuError
+from tests.servers import WAIT_SECONDS, wait_until
+
+
+def gpu() -> Gpu:
+    return Gpu("NVIDIA L4", "8.9")
+
+
+def no_gpu() -> Gpu:
+    raise NoGpuError("there is none here")
+
+
+@pytest.mark.parametrize(
+    ("fields", "find", "installed", "shared"),
+    [
+        ({}, gpu, {"onnxruntime-gpu": "1.31"}, True),
+        ({}, no_gpu, {"onnxruntime-gpu": "1.31"}, False),
+        ({}, gpu, {"onnxruntime": "1.31"}, False),
+        ({"device": "cpu"}, gpu, {"onnxruntime-gpu": "1.31"}, False),
+        ({"ort_provider": "cpu"}, gpu, {"onnxruntime-gpu": "1.31"}, False),
+        ({"backend": "torch"}, gpu, {"torch": "2.13.0"}, True),
+        ({"backend": "torch"}, gpu, {"torch": "2.13.0+cpu"}, False),
+        ({"backend": "torch", "device": "cpu"}, gpu, {"torch": "2.13.0"}, False),
+        ({"backend": "torch"}, gpu, {}, False),
+        ({"backend": "triton"}, no_gpu, {}, True),
+        ({"backend": "tensorrt"}, no_gpu, {}, True),
+        ({"backend": "fake"}, gpu, {}, False),
+        ({"backend": "fake", "engine": "shared"}, no_gpu, {}, True),
+        ({"backend": "triton", "engine": "own"}, no_gpu, {}, False),
+    ],
+)
+def test_workers_share_an_engine_where_they_would_share_a_device(
+    fields: dict[str, Any],
+    find: Any,
+    installed: dict[str, str],
+    shared: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shapes, "_installed", installed.get)
+
+    shape = choose_shape(Settings(**fields, workers=2), find)
+
+    assert shape.shares_engine is shared
+    assert not shape.is_one_process
+
+
+@pytest.mark.parametrize(
+    ("threads", "workers", "share"), [(8, 2, 4), (7, 2, 3), (2, 2, 1), (1, 4, 1)]
+)
+def test_workers_divide_the_threads_and_have_one_at_least(
+    threads: int, workers: int, share: int
+) -> None:
+    fields: dict[str, Any] = {"threads": threads, "workers": workers, "backend": "fake"}
+    shape = choose_shape(Settings(**fields), no_gpu)
+    assert (shape.worker_threads, shape.engine_threads) == (share, threads)
+
+
+def test_one_worker_is_one_process_even_with_a_device() -> None:
+    fields: dict[str, Any] = {"backend": "triton"}
+    assert choose_shape(Settings(**fields), gpu).is_one_process
+
+
+def test_settings_cross_to_a_child_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {
+        "model": "/a/package",
+        "model_store": "/a store",
+        "cuda_graphs": False,
+        "max_wait_ms": 2.5,
+        "overload_status": 429,
+        "metrics_port": 9100,
+        "workers": 3,
+        "engine": "shared",
+    }
+    settings = Settings(**fields)
+
+    for name, value in as_environment(settings).items():
+        monkeypatch.setenv(name, value)
+
+    assert load_settings() == settings
+
+
+def test_a_seat_crosses_as_one_argument() -> None:
+    seat = Seat("engine", 2, 2, True, "/tmp/x y", 3, 4, 5, 6)
+    assert Seat.parse(seat.as_argument()) == seat
+    assert (seat.rows, seat.engine_path) == (3, "/tmp/x y/engine")
+
+
+def test_restarts_come_at_once_and_then_later_and_later() -> None:
+    assert [delay_seconds(deaths) for deaths in range(8)] == [0, 0.5, 1, 2, 4, 8, 10, 10]
+    assert delay_seconds(10_000) == 10
+
+
+def test_an_end_is_told_in_words() -> None:
+    assert in_words(2) == "ended with exit code 2"
+    assert in_words(-9) == "was ended by SIGKILL"
+
+
+def test_a_child_that_cannot_import_its_module_is_seen_to_end() -> None:
+    child = Child(Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0), "app.nosuch", {}, ())
+    child.start()
+    codes: list[int] = []
+
+    def ended() -> bool:
+        code = child.poll()
+        codes.extend([] if code is None else [code])
+        return bool(codes)
+
+    wait_until(ended, "the child ends")
+
+    assert codes == [1]
+    assert (child.pid, child.is_ready, child.forget()) == (None, False, 0.0)
+    assert child.forget() == 0.5
+
+
+def test_a_runtime_folder_is_private_and_goes_at_the_end(tmp_path: Path) -> None:
+    with runtime_folder([str(tmp_path)]) as folder:
+        assert os.stat(folder).st_mode & 0o777 == 0o700
+        Path(folder, "file").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runtime_folder_is_made_in_the_next_place_where_one_cannot_be(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with runtime_folder(["/nowhere", str(long), "/dev/shm"]) as folder:
+        assert folder.startswith("/dev/shm/")
+    with pytest.raises(StartupError, match="set TMPDIR"), runtime_folder(["/nowhere"]):
+        pass
+
+
+def test_a_roster_shows_another_process_who_there_is() -> None:
+    with closing(Roster.create(workers=2, rows=3)) as roster:
+        roster.enter(0, 111)
+        roster.enter(1, 222)
+        roster.enter(2, 333)
+        roster.leave(1)
+        roster.count_restart(1)
+        roster.count_restart(1)
+        roster.count_connections(0, 7)
+        script = f"""
+from app.roster import Roster
+roster = Roster({roster.descriptor}, 2, 3)
+print(roster.pids(), roster.restarts(), roster.connections(0), roster.connections(1))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            pass_fds=[roster.descriptor],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    pids = {"supervisor": [os.getpid()], "worker": [111], "engine": [333]}
+    assert done.stdout.strip() == f"{pids} {{'worker': 2, 'engine': 0}} 7 0", done.stderr
+
+
+def test_the_whole_is_the_sum_of_queues_and_the_longest_of_waits() -> None:
+    with closing(Board.create(3)) as board:
+        board.publish(0, EngineStatus(1, 4, 1, 0.5, 0.0, None))
+        board.publish(1, EngineStatus(2, 8, 2, 0.25, 3.0, "stuck"))
+
+        whole = whole_status(board)
+
+    assert (whole.queue_depth, whole.in_flight, whole.running_batches) == (3, 12, 3)
+    assert (whole.predicted_wait_seconds, whole.last_error) == (0.5, "stuck")
+    assert whole.stalled_seconds >= 3.0
+
+
+def test_cpu_time_of_ended_children_is_known() -> None:
+    before = children_seconds(os.getpid())
+    subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True, timeout=60)
+    assert children_seconds(os.getpid()) > before
+    assert children_seconds(2**22 + 1) == 0.0
+
+
+class Taken(asyncio.Protocol):
+    """A connection that was accepted."""
+
+
+def test_an_acceptor_holds_back_while_ahead_and_takes_what_is_left() -> None:
+    async def connect_while(lead: int, may_accept: bool) -> list[float]:
+        loop = asyncio.get_running_loop()
+        taken: list[float] = []
+        event = asyncio.Event()
+
+        def protocol() -> asyncio.Protocol:
+            taken.append(loop.time() - started_at)
+            event.set()
+            return Taken()
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setblocking(False)
+            acceptor = Acceptor(listener, protocol, lambda: may_accept, lambda: lead, lambda: None)
+            acceptor.update()
+            started_at = loop.time()
+            with socket.create_connection(listener.getsockname()):
+                if may_accept:
+                    await asyncio.wait_for(event.wait(), WAIT_SECONDS)
+                else:
+                    for _ in range(100):
+                        await asyncio.sleep(0)
+            acceptor.close()
+        return taken
+
+    assert len(asyncio.run(connect_while(0, True))) == 1
+    (ahead,) = asyncio.run(connect_while(3, True))
+    assert ahead >= 0.003, "it did not hold back"
+    assert asyncio.run(connect_while(0, False)) == []
+
+
+def test_log_lines_go_out_whole_in_pieces_that_a_pipe_takes_at_once() -> None:
+    lines = [b"a" * length + b"\n" for length in (10, 80, 20, 200, 5, 99, 98, 0)]
+
+    pieces = list(whole_lines(b"".join(lines), 100))
+
+    assert b"".join(pieces) == b"".join(lines)
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert all(len(piece) <= 100 or piece.count(b"\n") == 1 for piece in pieces)
+    assert len(pieces) == 6, "lines that fit together go together"
