@@ -42,6 +42,7 @@ class PatientProtocol(HttpToolsProtocol):
     _caller: Caller | None = None  # of the request that is being answered, or was last
     _in_message = False  # its first byte came, its last did not
     _in_head = True  # the next byte belongs to a head
+    _heads = 0  # that were complete
     _head_bytes = 0  # of reads that held nothing else
     _ended = False  # nothing that comes now is a request
 
@@ -53,10 +54,10 @@ class PatientProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take bytes; they may complete a request's head, or not."""
         self._unset_keepalive_if_required()
-        was_in_head = self._in_head
+        was_in_head, heads = self._in_head, self._heads
         try:
             self._feed(data)
-            if was_in_head and self._in_head:
+            if was_in_head and self._in_head and self._heads == heads:
                 self._head_bytes += len(data)
                 if self._head_bytes > MAX_HEAD_BYTES:
                     raise BadHead
@@ -91,6 +92,7 @@ class PatientProtocol(HttpToolsProtocol):
         check_head(self.parser.get_method(), self.parser.get_http_version(), self.url, self.headers)
         if not self.parser.should_upgrade():
             self._in_head = False
+            self._heads += 1
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:

@@ -251,6 +251,18 @@ def test_a_body_may_come_byte_by_byte(service: RunningService) -> None:
 # What is no HTTP.
 
 
+def test_a_large_body_that_comes_in_one_read_with_its_head_keeps_the_connection(
+    service: RunningService,
+) -> None:
+    image = grey(0) + bytes(150_000)  # what follows the image is not read
+    with Wire(service.connect()) as wire:
+        for _ in range(10):
+            wire.send(http("POST", "/classify", image))
+            head = wire.read_reply()
+            assert head.status_code == 200
+            assert "connection" not in head.headers
+
+
 def test_a_header_line_of_a_megabyte_is_refused(service: RunningService) -> None:
     with service.connect() as sock:
         sent = 0
