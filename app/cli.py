@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from app.backends.select import select_backend
+from app.bench.arguments import add_bench_arguments, run_bench
 from app.cpu import cpu_limit
 from app.errors import BadRequest, ServiceError, StartupError
 from app.images.read import read_image
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="list the catalogue", allow_abbrev=False)
     models.set_defaults(run=_models)
+
+    bench = commands.add_parser(
+        "bench", help="put load on a service and measure it", allow_abbrev=False
+    )
+    add_bench_arguments(bench)
+    bench.set_defaults(run=run_bench)
 
     for name, run, text in (
         ("classify", _classify, "name what images show, without a server"),

@@ -42,6 +42,7 @@ PLAN = {
         "app.engine.base",
         "app.backends.base",
     },
+    "app.bench": {"app.errors"},
     "app.server": {"app.errors", "app.http.protocol", "app.http.state"},
     "app.assemble": {
         "models.package",
