@@ -43,6 +43,7 @@ PLAN = {
         "app.backends.base",
     },
     "app.bench": {"app.errors"},
+    "app.tune": {"app.bench", "app.cpu", "app.errors"},
     "app.server": {"app.errors", "app.http.protocol", "app.http.state"},
     "app.assemble": {
         "models.package",
@@ -89,6 +90,7 @@ HEAVY = {
     "tritonclient": {"app.backends.triton_connection", "export.triton"},
     "grpc": set[str](),
     "cykooz_resizer": {"app.images.fast"},
+    "matplotlib": {"app.tune.report"},
     "timm": set[str](),
     "torchvision": set[str](),
     "sklearn": set[str](),

@@ -68,6 +68,9 @@ def measure(plan: Plan, processes: int = 1, progress: Progress | None = None) ->
 
     try:
         return _collect(pipes, progress, interrupt)
+    except BaseException:
+        interrupt()  # a signal that became another exception
+        raise
     finally:
         for child in children:
             child.join(5)
