@@ -17,7 +17,7 @@ from app.bench.plan import Plan, Target
 from app.bench.recording import Recording
 from app.errors import StartupError
 
-# Importing numpy and uvloop in a fresh interpreter takes about half of this.
+# Several begin together: importing numpy and uvloop in fresh interpreters takes half of this.
 START_SECONDS = 1.0
 
 
@@ -49,7 +49,7 @@ def measure(plan: Plan, processes: int = 1, progress: Progress | None = None) ->
         progress: told about once a second.
     """
     context = multiprocessing.get_context("spawn")
-    start_at = time.monotonic() + START_SECONDS
+    start_at = None if processes == 1 else time.monotonic() + START_SECONDS
     pipes: list[Pipe] = []
     children = []
     for index in range(processes):
@@ -105,7 +105,7 @@ def _collect(
     return whole
 
 
-def _generate(plan: Plan, start_at: float, pipe: Pipe) -> None:
+def _generate(plan: Plan, start_at: float | None, pipe: Pipe) -> None:
     last = 0.0
 
     def tell(seconds: float, ended: int, good: int) -> None:
@@ -114,7 +114,7 @@ def _generate(plan: Plan, start_at: float, pipe: Pipe) -> None:
             last = seconds
             pipe.send((seconds, ended, good))
 
-    pipe.send(generate(plan, max(start_at, time.monotonic()), tell))
+    pipe.send(generate(plan, start_at, tell))
     pipe.close()
 
 
