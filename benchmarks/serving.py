@@ -20,6 +20,7 @@ from app.bench.plan import Plan, build_request, parse_url
 from app.bench.recording import Phase, summarise
 from app.bench.run import measure
 from app.cpu import cpu_limit
+from app.signals import ending_by_exception
 from benchmarks.serving_limits import Limits
 from benchmarks.serving_loads import Load, build_loads
 from benchmarks.serving_processes import CannotStart, Server, ours, theirs
@@ -44,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     loads = build_loads(cpus)
     if unknown := only - {load.name for load in loads} - {"flat"}:
         parser.error(f"there is no load {', '.join(sorted(unknown))}")
-    for load in loads:
-        if not only or load.name in only:
-            keep(load.name, measure_load(load, cpus, arguments.rounds))
-    if not only or "flat" in only:
-        keep("flat", measure_flatness(loads[0]))
+    with ending_by_exception():  # so that no server is left behind
+        for load in loads:
+            if not only or load.name in only:
+                keep(load.name, measure_load(load, cpus, arguments.rounds))
+        if not only or "flat" in only:
+            keep("flat", measure_flatness(loads[0]))
     write_page()
     return 0
 
