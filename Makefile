@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 NOT_INSTALLED := echo "metaserve could not install its packages (see above); check that this \
 machine reaches a package index, then run make again" >&2; exit 2
 
-.PHONY: help serve test lint types format docs export-tools bench-gpu bench-graph bench-decoding clean
+.PHONY: help serve test lint types format docs export-tools bench bench-gpu bench-graph bench-decoding clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ format: $(VENV)/.test ## let ruff put the code in shape
 
 docs: $(VENV)/.serve ## write docs/settings.md again from the settings class
 	@$(BIN)/python -m app.settings_page > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
+
+bench: $(VENV)/.test ## the service against the machine and a hand-written one (20 minutes; ONLY=tiny,photo)
+	@$(BIN)/python -m benchmarks.serving --only "$(ONLY)"
 
 bench-gpu: $(VENV)/.export ## check and time every backend on a GPU; see docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.gpu

@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from app.backends.select import select_backend
+from app.bench.arguments import add_bench_arguments, run_bench
 from app.cpu import cpu_limit
 from app.errors import BadRequest, ServiceError, StartupError
 from app.images.read import read_image
-from app.settings import Settings, load_settings
+from app.settings import PREFIX, Settings, load_settings
 from app.signals import ending_by_exception
+from app.tune.arguments import add_tune_arguments, run_tune
 from app.types import Batch, Pixels
 from export.seams import Answers, Candidate, CannotStart, OpenBackend, UnusableImage
 from models.package import InputSpec, Package, PackageError
@@ -58,6 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the catalogue", allow_abbrev=False)
     models.set_defaults(run=_models)
 
+    bench = commands.add_parser(
+        "bench", help="put load on a service and measure it", allow_abbrev=False
+    )
+    add_bench_arguments(bench)
+    bench.set_defaults(run=run_bench)
+
+    tune = commands.add_parser(
+        "tune", help="find the best settings for a promised latency", allow_abbrev=False
+    )
+    add_tune_arguments(tune)
+    _add_settings(tune, (name for name in Settings.model_fields if name not in _SWEPT))
+    tune.set_defaults(run=_tune)
+
     for name, run, text in (
         ("classify", _classify, "name what images show, without a server"),
         ("embed", _embed, "turn images into vectors, without a server"),
@@ -88,6 +103,8 @@ _BACKEND_SETTINGS = (
     "triton_wait_s",
     "threads",
 )
+# What `tune` decides itself.
+_SWEPT = {"workers", "threads", "max_batch_size", "max_wait_ms", "host", "port", "metrics_port"}
 _OFFLINE_SETTINGS = (
     "model",
     "model_store",
@@ -125,6 +142,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     from app.serve import serve
 
     return serve(_settings(arguments))
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    _settings(arguments)  # a flag that cannot be used is named before anything starts
+    variables = {
+        f"{PREFIX}{name.upper()}": value
+        for name in Settings.model_fields
+        if (value := getattr(arguments, f"setting_{name}", None)) is not None
+    }
+    with ending_by_exception():
+        return run_tune(arguments, variables)
 
 
 def _add_export_commands(export: argparse.ArgumentParser, verify: argparse.ArgumentParser) -> None:

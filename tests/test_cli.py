@@ -126,5 +126,5 @@ def test_installed_command_prints_help_and_survives_a_closed_pipe() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for name in ("serve", "export", "verify", "models", "classify", "embed"):
+    for name in ("serve", "export", "verify", "models", "bench", "tune", "classify", "embed"):
         assert f"\n    {name} " in done.stdout

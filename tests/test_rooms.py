@@ -81,6 +81,8 @@ PLAN = {
     "app.serve": {"app.logs", "app.main", "app.settings", "app.shape", "app.supervisor"},
     "app.worker": {"models.package", "app"},
     "app.engine_process": {"models.package", "app"},
+    "app.bench": {"app.errors"},
+    "app.tune": {"app.bench", "app.cpu", "app.errors"},
     "app.assemble": {
         "models.package",
         "app.backends",
@@ -126,6 +128,7 @@ HEAVY = {
     "tritonclient": {"app.backends.triton_connection", "export.triton"},
     "grpc": set[str](),
     "cykooz_resizer": {"app.images.fast"},
+    "matplotlib": {"app.tune.report"},
     "timm": set[str](),
     "torchvision": set[str](),
     "sklearn": set[str](),

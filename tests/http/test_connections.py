@@ -255,7 +255,8 @@ def test_a_large_body_that_comes_in_one_read_with_its_head_keeps_the_connection(
     service: RunningService,
 ) -> None:
     image = grey(0) + bytes(150_000)  # what follows the image is not read
-    with Wire(service.connect()) as wire:
+    with service.connect() as sock:
+        wire = Wire(sock)
         for _ in range(10):
             wire.send(http("POST", "/classify", image))
             head = wire.read_reply()

@@ -1,0 +1,1 @@
+"""Finds the settings that serve the most requests within a promised latency, on this machine."""
