@@ -122,9 +122,9 @@ def _almost_nothing() -> Architecture:
         base,
         name="nothing_224",
         depths=(1, 1, 1, 1),
-        dims=(8, 8, 8, 16),
-        mixers=("pooling", "pooling", "pooling", "pooling"),
-        head_dim=8,
+        dims=(4, 4, 4, 8),
+        mixers=("identity", "identity", "identity", "identity"),
+        head_dim=4,
         input_size=224,
     )
 

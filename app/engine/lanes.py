@@ -25,6 +25,9 @@ log = logging.getLogger("metaserve.engine")
 
 # Below, a batch costs less than what it takes to hand it to a second thread and back.
 HAND_OVER_SECONDS = 0.001
+# Above, more threads always answer a lone image sooner; where warm-up found otherwise, something
+# else was running, and what it took must not be missed for as long as the service lives.
+SMALL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ def learn_lanes(
 ) -> Learned:
     """Time one thread and lanes of one thread against a warm backend; keep what pays.
 
-    Where one thread answers a lone image as soon as all do, it serves alone: the others would only
-    burn time that decoding needs. Lanes pay where they gain `USEFUL_GAIN` in images a second.
+    Where one thread answers a lone image of a small network as soon as all do, it serves alone: the
+    others would only burn time that decoding needs. Lanes pay where they gain `USEFUL_GAIN` in images a second.
 
     Args:
         wide: closed when it is not kept.
@@ -105,7 +108,7 @@ def learn_lanes(
     narrow = open_narrow()
     try:
         alone = warm_up(narrow, 1, clock).batch_seconds(1)
-        is_as_fast = alone <= times.batch_seconds(1) * (1 + USEFUL_GAIN)
+        is_as_fast = alone <= min(SMALL_SECONDS, times.batch_seconds(1) * (1 + USEFUL_GAIN))
         if is_as_fast:
             times = warm_up(narrow, max_batch_size, clock)
         found = None

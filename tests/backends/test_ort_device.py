@@ -297,7 +297,7 @@ def test_a_session_gets_the_threads_of_the_containers_limit(
     library = Library(None)
     opened(library, replace(plan, provider=CPU, threads=threads, cuda_graphs=False))
     assert library.threads == threads
-    assert library.entries["session.intra_op.allow_spinning"] == "0"
+    assert library.entries["session.force_spinning_stop"] == "1"
 
 
 def test_a_session_that_refuses_graph_capture_is_opened_without(
