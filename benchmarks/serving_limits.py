@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from app.backends.fake import FakeBackend
 from app.images.read import read_image
-from app.types import Pixels
+from app.types import Batch, Pixels, Rows
 from benchmarks.serving_loads import Load
 from models.onnx_runtime import import_onnxruntime
 
@@ -87,6 +88,8 @@ class Limits:
         return done / spent
 
     def _session(self, threads: int) -> Any:
+        if self._load.backend == "fake":
+            return _Averages(self._load)
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -105,6 +108,17 @@ class Limits:
     def _run(self, threads: int, batch: int) -> None:
         images = np.broadcast_to(self._pixels, (batch, *self._pixels.shape))
         self._sessions[threads].run(None, {"images": np.ascontiguousarray(images)})
+
+
+class _Averages:
+    """Runs the fake backend as a session would be run."""
+
+    def __init__(self, load: Load) -> None:
+        manifest = load.package.manifest
+        self._backend = FakeBackend(manifest.input.size, manifest.classes, manifest.embedding_dim)
+
+    def run(self, _: None, feeds: dict[str, Batch]) -> Rows:
+        return self._backend.run(feeds["images"])
 
 
 def _rate(work: Callable[[], object], threads: int, seconds: float) -> float:

@@ -82,6 +82,7 @@ def ours(load: Load, mode: str, workers: int, **settings: str) -> Iterator[Serve
     port = _free_port()
     environment = {
         "METASERVE_MODEL": str(load.package.path),
+        "METASERVE_BACKEND": load.backend,
         "METASERVE_DECODE": mode,
         "METASERVE_WORKERS": str(workers),
         "METASERVE_HOST": "127.0.0.1",
@@ -98,7 +99,7 @@ def theirs(load: Load, workers: int) -> Iterator[Server]:
     """Serve a load's network with the hand-written service."""
     port = _free_port()
     environment = {
-        "HANDWRITTEN_MODEL": str(float_graph(load.package)),
+        "HANDWRITTEN_MODEL": str(float_graph(load)),
         "HANDWRITTEN_INPUT": load.package.manifest.input.model_dump_json(),
     }
     # No access log: ours writes one, the comparison is kind.

@@ -11,9 +11,14 @@ import numpy as np
 from app.backends.base import BackendInfo
 from app.types import Batch, Rows
 
+# Rows and columns that are looked at, about.
+SIDE = 32
+
 
 class FakeBackend:
     """Computes its answers from the pixels' mean, so that a swapped row is seen at once.
+
+    Of a large image it looks at 32 rows and columns: load tests want it to cost next to nothing.
 
     Args:
         input_size: S of the batches.
@@ -55,7 +60,8 @@ class FakeBackend:
             raise TimeoutError("the fake backend's gate stayed shut for 60 s")
         if self._seconds:
             time.sleep(self._seconds)
-        means = batch.reshape(len(batch), -1).mean(1, dtype=np.float64) / 255
+        step = max(self.info.input_size // SIDE, 1)
+        means = batch[:, ::step, ::step].mean((1, 2, 3), dtype=np.float64) / 255
         classes = np.arange(self.info.classes)
         logits = -((means[:, None] * (self.info.classes - 1) - classes) ** 2)
         embedding = means[:, None] + np.arange(self.info.embedding_dim)

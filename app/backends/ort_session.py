@@ -84,8 +84,8 @@ def open_session(ort: ModuleType, plan: SessionPlan) -> tuple[Any, SessionPlan]:
 def _open(ort: ModuleType, plan: SessionPlan) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = plan.threads
-    # Within a run threads spin for their next piece of work: caformer_s18 on two threads takes 26 ms
-    # instead of 30. Between runs they must not: that is the time that decodes images.
+    # Within a run threads spin for their next piece of work: caformer_s18 on two threads takes
+    # 26 ms instead of 30. Between runs they must not: that is the time that decodes images.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     if plan.provider == CPU:
