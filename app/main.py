@@ -23,7 +23,7 @@ from app.images.read import check_decoder
 from app.listener import bind, url_of, what_to_type
 from app.logs import is_text
 from app.metrics import Metrics
-from app.metrics_port import serve_metrics_apart
+from app.processes.metrics_port import serve_metrics_apart
 from app.server import Server
 from app.settings import Settings
 from models.package import PackageError, open_package

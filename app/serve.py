@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from app.logs import configure_logs
+from app.processes.shape import choose_shape
 from app.settings import Settings
-from app.shape import choose_shape
 
 
 def serve(settings: Settings) -> int:
@@ -22,6 +22,6 @@ def serve(settings: Settings) -> int:
 
         return serve_alone(settings)
     # A supervisor never loads what HTTP and the network need.
-    from app.supervisor import supervise
+    from app.processes.supervisor import supervise
 
     return supervise(settings, shape)

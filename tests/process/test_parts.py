@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from app import shape as shapes
-from app.acceptor import Acceptor
-from app.child import Child, delay_seconds, in_words
 from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.errors import StartupError
 from app.logs import whole_lines
-from app.metrics_whole import children_seconds, whole_status
-from app.roster import Roster
-from app.runtime_folder import runtime_folder
-from app.seat import Seat
+from app.processes import shape as shapes
+from app.processes.acceptor import Acceptor
+from app.processes.child import Child, delay_seconds, in_words
+from app.processes.metrics_whole import children_seconds, whole_status
+from app.processes.roster import Roster
+from app.processes.runtime_folder import runtime_folder
+from app.processes.seat import Seat
+from app.processes.shape import choose_shape
 from app.settings import Settings, as_environment, load_settings
-from app.shape import choose_shape
 from models.gpu import Gpu, NoGpuError
 from tests.servers import WAIT_SECONDS, wait_until
 
@@ -166,7 +166,7 @@ def test_a_roster_shows_another_process_who_there_is() -> None:
         roster.count_restart(1)
         roster.count_connections(0, 7)
         script = f"""
-from app.roster import Roster
+from app.processes.roster import Roster
 roster = Roster({roster.descriptor}, 2, 3)
 print(roster.pids(), roster.restarts(), roster.connections(0), roster.connections(1))
 """

@@ -1,4 +1,4 @@
-"""One HTTP process of several: `python -m app.worker SEAT`, started by the supervisor."""
+"""One HTTP process of several: `python -m app.processes.worker SEAT`, started by the supervisor."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from app.http.state import LoadedModel
 from app.logs import configure_logs
 from app.main import build_state, end_in_spite_of_threads, load_and_run, load_model, show_model
 from app.metrics import Metrics
-from app.metrics_whole import keep_values_in_files, whole_registry
-from app.roster import Roster
-from app.seat import Seat
+from app.processes.metrics_whole import keep_values_in_files, whole_registry
+from app.processes.roster import Roster
+from app.processes.seat import Seat
+from app.processes.worker_server import WorkerServer
 from app.settings import Settings, load_settings
-from app.worker_server import WorkerServer
 from models.package import PackageError
 
 log = logging.getLogger("metaserve")

@@ -20,25 +20,25 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
-from app.child import Child, in_words
 from app.engine.board import Board
 from app.errors import StartupError
 from app.first_use import locate_package
 from app.listener import bind, url_of, what_to_type
 from app.logs import is_text
-from app.metrics_port import serve_metrics_apart
-from app.metrics_whole import whole_registry
-from app.roster import Roster
-from app.runtime_folder import runtime_folder
-from app.seat import Seat, engine_path
+from app.processes.child import Child, in_words
+from app.processes.metrics_port import serve_metrics_apart
+from app.processes.metrics_whole import whole_registry
+from app.processes.roster import Roster
+from app.processes.runtime_folder import runtime_folder
+from app.processes.seat import Seat, engine_path
+from app.processes.shape import Shape
 from app.settings import PREFIX, Settings, as_environment
-from app.shape import Shape
 
 log = logging.getLogger("metaserve.supervisor")
 
 # Beyond the drain: connections get 2 s for their refusals, engine and threads 1 s each.
 GRACE_SECONDS = 5.0
-WORKER, ENGINE = "app.worker", "app.engine_process"
+WORKER, ENGINE = "app.processes.worker", "app.processes.engine_process"
 
 
 def supervise(settings: Settings, shape: Shape) -> int:

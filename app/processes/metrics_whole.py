@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.metrics import EngineGauges
-from app.roster import Roster
+from app.processes.roster import Roster
 
 # What one process has least of counts for all; anything else of `process_*` is a sum.
 LEAST = ("process_max_fds", "process_start_time_seconds")

@@ -1,4 +1,7 @@
-"""The process that owns the device: `python -m app.engine_process SEAT`, for all HTTP processes."""
+"""The process that owns the device, for all HTTP processes; the supervisor starts it.
+
+`python -m app.processes.engine_process SEAT`
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ from app.errors import StartupError
 from app.logs import configure_logs
 from app.main import end_in_spite_of_threads
 from app.metrics import Metrics
-from app.metrics_whole import keep_values_in_files
-from app.seat import Seat
+from app.processes.metrics_whole import keep_values_in_files
+from app.processes.seat import Seat
 from app.settings import Settings, load_settings
 from models.package import PackageError, open_package
 

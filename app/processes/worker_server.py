@@ -13,13 +13,13 @@ from dataclasses import replace
 
 from starlette.types import ASGIApp
 
-from app.acceptor import Acceptor
 from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.http.state import ServiceState
 from app.metrics import with_wait
-from app.roster import Roster
-from app.seat import Seat
+from app.processes.acceptor import Acceptor
+from app.processes.roster import Roster
+from app.processes.seat import Seat
 from app.server import Server
 
 log = logging.getLogger("metaserve.server")

@@ -1,0 +1,1 @@
+"""Several processes as one service: who starts, watches, feeds and replaces whom."""
