@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import sys
 import threading
@@ -13,6 +12,7 @@ from pathlib import Path
 from app.assemble import WarmCore, open_core
 from app.backends.base import BackendInfo
 from app.cpu import cpu_limit
+from app.ending import end_in_spite_of_threads
 from app.engine.local import LocalEngine
 from app.errors import StartupError
 from app.first_use import locate_package
@@ -93,15 +93,6 @@ def load_and_run(
     server.run(sockets=[listener])
     if failures:
         raise StartupError(failures[0])
-
-
-def end_in_spite_of_threads() -> None:
-    """End the process now, with 0, if native code still runs in a thread of ours."""
-    if any(thread.name.startswith(("load", "engine-", "cpu")) for thread in threading.enumerate()):
-        # Still loading, a batch that hangs, a long decode: their native code must not meet an
-        # interpreter that is being taken down.
-        logging.shutdown()
-        os._exit(0)
 
 
 def build_state(settings: Settings, metrics: Metrics | None = None) -> ServiceState:

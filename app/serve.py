@@ -21,7 +21,7 @@ def serve(settings: Settings) -> int:
         from app.main import serve_alone
 
         return serve_alone(settings)
-    # A supervisor never loads what HTTP and the network need.
+    # A supervisor loads no HTTP server and no runtime; the test of the rooms looks.
     from app.processes.supervisor import supervise
 
     return supervise(settings, shape)

@@ -17,6 +17,7 @@ PLAN = {
     "app.types": set[str](),
     "app.cpu": set[str](),
     "app.signals": set[str](),
+    "app.ending": set[str](),
     "app.logs": set[str](),
     "app.settings": {"app.errors"},
     "app.settings_page": {"app.settings"},
@@ -91,8 +92,39 @@ PLAN = {
         "app.processes.shape",
         "app.processes.supervisor",
     },
-    "app.processes.worker": {"models.package", "app"},
-    "app.processes.engine_process": {"models.package", "app"},
+    "app.processes.run_child": {
+        "models.package",
+        "app.ending",
+        "app.errors",
+        "app.logs",
+        "app.processes.seat",
+        "app.settings",
+    },
+    "app.processes.worker": {
+        "app.engine.board",
+        "app.engine.remote",
+        "app.http.app",
+        "app.http.state",
+        "app.main",
+        "app.metrics",
+        "app.processes.metrics_whole",
+        "app.processes.roster",
+        "app.processes.run_child",
+        "app.processes.seat",
+        "app.processes.worker_server",
+        "app.settings",
+    },
+    "app.processes.engine_process": {
+        "models.package",
+        "app.assemble",
+        "app.engine.board",
+        "app.engine.host",
+        "app.metrics",
+        "app.processes.metrics_whole",
+        "app.processes.run_child",
+        "app.processes.seat",
+        "app.settings",
+    },
     "app.bench": {"app.errors"},
     "app.tune": {"app.bench", "app.cpu", "app.errors"},
     "app.assemble": {
@@ -202,6 +234,22 @@ def test_the_plan_would_see_a_stray_import(tmp_path: Path) -> None:
     stray = tmp_path / "stray.py"
     stray.write_text("def f():\n    from export.onnx import OPSET\n    import torch\n")
     assert imports_of(stray) == {"export.onnx.OPSET", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "libraries"),
+    [
+        ("app.cli app.serve app.processes.supervisor", "uvicorn torch onnxruntime tensorrt"),
+        ("app.processes.engine_process", "uvicorn torch"),
+    ],
+)
+def test_no_process_loads_what_another_needs(modules: str, libraries: str) -> None:
+    heavy = {"fastapi", "starlette", *libraries.split()}
+    script = f"import sys, {', '.join(modules.split())}; print({heavy!r} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_serving_the_embedded_model_imports_no_torch_and_no_exporter() -> None:

@@ -18,38 +18,18 @@ from prometheus_client import CollectorRegistry
 from app.assemble import open_core
 from app.engine.board import Board
 from app.engine.host import EngineHost
-from app.errors import StartupError
-from app.logs import configure_logs
-from app.main import end_in_spite_of_threads
 from app.metrics import Metrics
 from app.processes.metrics_whole import keep_values_in_files
+from app.processes.run_child import run_child
 from app.processes.seat import Seat
-from app.settings import Settings, load_settings
-from models.package import PackageError, open_package
+from app.settings import Settings
+from models.package import open_package
 
 log = logging.getLogger("metaserve")
 
 
-def main(argument: str) -> int:
-    """Serve the HTTP processes until the supervisor says stop, or all others are gone."""
-    seat = Seat.parse(argument)
-    try:
-        settings = load_settings()
-        configure_logs(settings.log_level, settings.log_format, seat.name)
-        serve(settings, seat)
-    except (StartupError, PackageError) as error:
-        seat.report_failure(str(error))
-        return 2
-    except Exception as error:
-        log.exception("the engine process hit a fault of ours")
-        seat.report_failure(f"the engine cannot be started: {error}")
-        return 1
-    end_in_spite_of_threads()
-    return 0
-
-
 def serve(settings: Settings, seat: Seat) -> None:
-    """Load the package and answer the HTTP processes.
+    """Load the package and answer the HTTP processes until told to stop, or all are gone.
 
     While the package loads, SIGTERM ends the process at once: there is nobody to answer yet.
 
@@ -83,4 +63,4 @@ def _outlive_nobody(life: int, hosts: list[EngineHost]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(run_child(sys.argv[1], serve))

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import sys
 from functools import partial
 
 from app.engine.board import Board
 from app.engine.remote import RemoteEngine
-from app.errors import StartupError
 from app.http.app import create_app
 from app.http.state import LoadedModel
-from app.logs import configure_logs
-from app.main import build_state, end_in_spite_of_threads, load_and_run, load_model, show_model
+from app.main import build_state, load_and_run, load_model, show_model
 from app.metrics import Metrics
 from app.processes.metrics_whole import keep_values_in_files, whole_registry
 from app.processes.roster import Roster
+from app.processes.run_child import run_child
 from app.processes.seat import Seat
 from app.processes.worker_server import WorkerServer
-from app.settings import Settings, load_settings
-from models.package import PackageError
-
-log = logging.getLogger("metaserve")
-
-
-def main(argument: str) -> int:
-    """Serve until the supervisor says stop, or is gone; returns the exit code."""
-    seat = Seat.parse(argument)
-    try:
-        settings = load_settings()
-        configure_logs(settings.log_level, settings.log_format, seat.name)
-        serve(settings, seat)
-    except (StartupError, PackageError) as error:
-        seat.report_failure(str(error))
-        return 2
-    end_in_spite_of_threads()
-    return 0
+from app.settings import Settings
 
 
 def serve(settings: Settings, seat: Seat) -> None:
-    """Serve this process's share of the callers.
+    """Serve this process's share of the callers until the supervisor says stop, or is gone.
 
     Raises:
         StartupError: a setting cannot be met, or the model cannot be loaded.
@@ -76,4 +57,4 @@ def serve(settings: Settings, seat: Seat) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(run_child(sys.argv[1], serve))

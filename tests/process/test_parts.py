@@ -17,6 +17,7 @@ from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.errors import StartupError
 from app.logs import whole_lines
+from app.processes import run_child as children
 from app.processes import shape as shapes
 from app.processes.acceptor import Acceptor
 from app.processes.child import Child, delay_seconds, in_words
@@ -138,6 +139,30 @@ def test_a_child_that_cannot_import_its_module_is_seen_to_end() -> None:
     assert codes == [1]
     assert (child.pid, child.is_ready, child.forget()) == (None, False, 0.0)
     assert child.forget() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (StartupError("there is no GPU"), 2, "there is no GPU"),
+        (KeyError("rows"), 1, "worker-0 hit a fault of ours: KeyError('rows')"),
+    ],
+)
+def test_a_child_that_cannot_serve_says_why_whosever_fault_it_is(
+    error: Exception, code: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(settings: Settings, seat: Seat) -> None:
+        raise error
+
+    monkeypatch.setattr(children, "configure_logs", lambda *_: None)
+    reading, writing = os.pipe()
+    seat = Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0, report=writing)
+
+    assert children.run_child(seat.as_argument(), serve) == code
+
+    assert os.read(reading, 4096).decode() == f"failed {sentence}\n"
+    os.close(reading)
+    os.close(writing)
 
 
 def test_a_runtime_folder_is_private_and_goes_at_the_end(tmp_path: Path) -> None:
