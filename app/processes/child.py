@@ -71,6 +71,9 @@ class Child:
                 pass_fds=(*self._descriptors, writing),
                 start_new_session=True,  # Ctrl-C comes to the supervisor alone
             )
+        except BaseException:
+            os.close(reading)
+            raise
         finally:
             os.close(writing)
         self.report, self.failure, self._unread = reading, None, b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from app.processes.seat import Seat
 from app.processes.shape import choose_shape
 from app.settings import Settings, as_environment, load_settings
 from models.gpu import Gpu, NoGpuError
+from tests.engine.processes import open_descriptors
 from tests.servers import WAIT_SECONDS, wait_until
 
 
@@ -139,6 +141,25 @@ def test_a_child_that_cannot_import_its_module_is_seen_to_end() -> None:
     assert codes == [1]
     assert (child.pid, child.is_ready, child.forget()) == (None, False, 0.0)
     assert child.forget() == 0.5
+
+
+def test_a_child_that_cannot_be_started_leaves_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_process_ids(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "no process ids are left")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process_ids)
+    child = Child(Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0), "app.nosuch", {}, ())
+    before = open_descriptors()
+
+    for _ in range(3):
+        with pytest.raises(BlockingIOError):
+            child.start()
+        child.forget()
+
+    assert open_descriptors() == before
+    assert child.pid is None
 
 
 @pytest.mark.parametrize(
