@@ -1,6 +1,8 @@
 """Roster: which processes a service has, in memory that all of them see.
 
-supervisor's pid, then for each row of the board: pid (0: none now), restarts     uint64 each
+supervisor's pid, then for each row of the board: pid (0: none now), restarts, connections
+
+uint64 each.
 """
 
 from __future__ import annotations

@@ -45,11 +45,6 @@ class Seat:
         return self.workers + self.shares_engine
 
     @property
-    def is_worker(self) -> bool:
-        """Whether it serves HTTP."""
-        return self.row < self.workers
-
-    @property
     def engine_path(self) -> str:
         """Where the engine process is connected to."""
         return engine_path(self.folder)
