@@ -37,7 +37,7 @@ class Profile:
     Attributes:
         batch_seconds: batch size -> seconds of a batch that has the machine to itself.
         max_batch_size: the largest useful batch.
-        lanes: batches in flight that pay.
+        lanes: batches in flight that pay: as large as any, or those of `lane_batch_seconds`.
         threads: CPU threads of a batch that has the machine to itself; None where the backend
             decides.
         lane_batch_seconds: batch size -> seconds of a batch of one thread while every lane runs
@@ -61,7 +61,8 @@ class Profile:
     @property
     def images_per_second(self) -> float:
         """What the backend can do at most, 0 where nothing was measured."""
-        wide = [size / seconds for size, seconds in self.batch_seconds.items() if seconds]
+        at_once = 1 if self.lane_batch_seconds else self.lanes
+        wide = [at_once * size / seconds for size, seconds in self.batch_seconds.items() if seconds]
         narrow = [
             self.lanes * size / seconds
             for size, seconds in self.lane_batch_seconds.items()

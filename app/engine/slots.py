@@ -51,11 +51,11 @@ def slot_bytes(info: BackendInfo) -> int:
 def slot_count(info: BackendInfo, profile: Profile, queue_budget_seconds: float) -> int:
     """Return how many images one worker may have on their way: what the queue budget lets in.
 
-    Two batches more, for those that run and those whose answers are being read; within what the
-    memory holds, of which no image ever touches what it does not need.
+    Two rounds of batches more, for those that run and those whose answers are being read; within
+    what the memory holds, of which no image ever touches what it does not need.
     """
-    running = 2 * max(profile.max_batch_size * profile.lanes, profile.lane_batch_size)
-    per_second = profile.lanes * profile.images_per_second or math.inf
+    running = 2 * profile.images_at_once
+    per_second = profile.images_per_second or math.inf
     most = min(MAX_SEGMENT_BYTES // slot_bytes(info), MAX_SLOTS)
     return max(math.ceil(min(queue_budget_seconds * per_second + running, most)), 1)
 

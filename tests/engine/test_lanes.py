@@ -167,6 +167,12 @@ def test_a_profile_of_nothing_measured_says_so() -> None:
     assert Profile({}, 8).images_per_second == 0.0
 
 
+def test_several_large_batches_in_flight_count_each() -> None:
+    assert Profile({1: 0.5, 8: 1.0}, 8, lanes=3).images_per_second == 24.0
+    alone = Profile({8: 1.0}, 8, lanes=3, lane_batch_seconds={1: 1.0}, lane_batch_size=1)
+    assert alone.images_per_second == 8.0
+
+
 @pytest.mark.parametrize(
     ("profile", "expected"),
     [

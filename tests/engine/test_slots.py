@@ -98,6 +98,8 @@ def test_the_queue_budget_and_the_memory_bound_how_many_slots_there_are() -> Non
     slow, fast = Profile({1: 0.1, 4: 0.4}, 4), Profile({4: 0.0001}, 4)
     assert count_of(large, slow, 5.0) == 50 + 2 * 4
     assert count_of(large, Profile({1: 0.1, 4: 0.4}, 4, 2), 5.0) == 100 + 2 * 2 * 4
+    narrow = Profile({1: 0.1}, 4, 2, lane_batch_seconds={1: 0.1, 2: 0.2}, lane_batch_size=2)
+    assert count_of(large, narrow, 5.0) == 100 + 2 * 4, "two lanes count twice, not four times"
     most = count_of(large, fast, 5.0)
     assert MAX_SEGMENT_BYTES - slot_bytes(large) < most * slot_bytes(large) <= MAX_SEGMENT_BYTES
     assert count_of(large, Profile({}, 4), 5.0) == most, "nothing is known of its speed"
