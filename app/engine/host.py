@@ -48,6 +48,8 @@ PUBLISH_SECONDS = 0.002
 # While work is pending, so that batches that begin, or hang, are seen.
 PENDING_BEAT_SECONDS = 0.02
 IDLE_BEAT_SECONDS = 0.25
+# Out of descriptors or memory: the loop must not spin on a worker that cannot be let in.
+REST_SECONDS = 0.1
 # The last answers are in the sockets' buffers by then, or nobody reads them.
 FAREWELL_SECONDS = 1.0
 
@@ -107,6 +109,7 @@ class EngineHost:
         self._alarm.setblocking(False)
         self._bell.setblocking(False)
         self._has_rung = False
+        self._rests_until: float | None = None
         self._is_stopping = False
         self._is_over = False
         self._closer: threading.Thread | None = None
@@ -117,7 +120,7 @@ class EngineHost:
     def serve(self) -> None:
         """Serve until `stop`; returns once the admitted requests are answered."""
         self._listener.setblocking(False)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._listen()
         self._selector.register(self._alarm, selectors.EVENT_READ)
         try:
             while not self._is_over:
@@ -151,6 +154,8 @@ class EngineHost:
                 self._send(desk)
         if self._patience() == 0:
             self._publish()
+        if self._rests_until is not None and time.monotonic() >= self._rests_until:
+            self._listen()
         if self._is_stopping and self._closer is None:
             self._begin_close()
 
@@ -160,6 +165,7 @@ class EngineHost:
             beat = PUBLISH_SECONDS
         elif self._is_pending:
             beat = PENDING_BEAT_SECONDS
+        # A rest ends with a beat, be it a little late.
         return max(self._published_at + beat - time.monotonic(), 0.0)
 
     def _publish(self) -> None:
@@ -178,12 +184,24 @@ class EngineHost:
             except OSError:  # the loop has ended: nobody is left to answer
                 return
 
+    def _listen(self) -> None:
+        self._rests_until = None
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def _stop_listening(self) -> None:
+        if self._rests_until is None:
+            self._selector.unregister(self._listener)
+        self._rests_until = None
+
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+            return
         except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                log.warning("an HTTP process cannot be let in: %s", str(error))
+            log.error("an HTTP process cannot be let in: %s", str(error))
+            self._stop_listening()
+            self._rests_until = time.monotonic() + REST_SECONDS
             return
         connection.setblocking(False)
         desk = WorkerDesk(connection, self._core, self._ring)
@@ -286,7 +304,7 @@ class EngineHost:
             self._has_changed = True
 
     def _begin_close(self) -> None:
-        self._selector.unregister(self._listener)
+        self._stop_listening()
         self._publish()
         self._closer = threading.Thread(target=self._close_core, name="engine-close", daemon=True)
         self._closer.start()

@@ -85,7 +85,7 @@ def meeting_place() -> Iterator[Place]:
                 child.kill()
                 child.wait(PATIENCE_SECONDS)
             place.board.close()
-            listener.close()
+            place.listener.close()
 
 
 def warm(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from app.engine import wire
 from app.engine.base import Profile
 from app.engine.board import shared_memory
+from app.engine.host import REST_SECONDS
 from app.engine.link import connect
 from app.engine.slots import SlotPool, slot_bytes
 from app.engine.wire import CANCEL, DONE, FAILED, GONE, REFUSE, SUBMIT, Attach, pack_message
@@ -237,6 +241,45 @@ def test_a_worker_that_does_not_read_is_dropped_and_holds_up_nobody(
             talk_without_listening(worker)
         run(a_neighbour_is_served(place))
     assert "does not read its answers" in caplog.text
+
+
+class Exhausted(socket.socket):
+    """A listener of a process that has no descriptors left, the first times."""
+
+    fails = 3
+    fails_at: list[float]
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if len(self.fails_at) < self.fails:
+            self.fails_at.append(time.monotonic())
+            raise OSError(errno.EMFILE, "too many open files")
+        return super().accept()
+
+
+def test_a_host_without_descriptors_rests_and_lets_a_worker_in_later(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Exhausted(fileno=place.listener.detach())
+    listener.fails_at = []
+    place.listener = listener
+
+    with caplog.at_level(logging.ERROR), at_work(place, WatchedBackend()):
+        run(a_neighbour_is_served(place))
+
+    first, second, third = listener.fails_at
+    assert second - first >= REST_SECONDS
+    assert third - second >= REST_SECONDS
+    assert caplog.text.count("an HTTP process cannot be let in") == 3
+
+
+def test_a_host_that_rests_can_be_stopped(place: Place) -> None:
+    listener = Exhausted(fileno=place.listener.detach())
+    listener.fails, listener.fails_at = sys.maxsize, []
+    place.listener = listener
+
+    with at_work(place, WatchedBackend()), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(place.path)
+        eventually(lambda: bool(listener.fails_at), "the host rests")
 
 
 def test_a_worker_refuses_a_host_of_another_version_in_words(place: Place) -> None:
