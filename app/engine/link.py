@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+
 from app.engine.slots import SlotPool, slot_bytes, slot_count
 from app.engine.wire import (
     CANCEL,
@@ -109,8 +111,21 @@ class Link(asyncio.Protocol):
         """Whether somebody waits for one of the calls."""
         return any(not call.future.done() for call in self.calls.values())
 
+    def takes(self, pixels: Pixels) -> bool:
+        """Tell whether pixels are of the size that the host's network takes."""
+        side = self.greeting.info.input_size
+        return pixels.shape == (side, side, 3) and pixels.dtype == np.uint8
+
     def hand_over(self, call: Call) -> bool:
-        """Put a call's pixels into a slot and send it; False when no slot is free."""
+        """Put a call's pixels into a slot and send it; False when no slot is free.
+
+        Raises:
+            ValueError: the host's network takes pixels of another shape or type.
+        """
+        if not self.takes(call.pixels):
+            side = self.greeting.info.input_size
+            found = f"{call.pixels.dtype} {call.pixels.shape}"
+            raise ValueError(f"pixels are {found}, not uint8 {(side, side, 3)}")
         slot = self.pool.acquire()
         if slot is None:
             return False
@@ -130,6 +145,11 @@ class Link(asyncio.Protocol):
     def refuse_waiting(self) -> None:
         """Let the host refuse what waits."""
         self._send(pack_message(REFUSE))
+
+    def abort(self) -> None:
+        """Disconnect at once."""
+        if self._transport is not None:
+            self._transport.abort()
 
     async def close(self, timeout_seconds: float) -> None:
         """Send what is unsent and disconnect; a host that reads nothing is not waited for."""
@@ -159,8 +179,7 @@ class Link(asyncio.Protocol):
                 self._take(kind, code, slot, id, first, second)
         except WireError as error:
             log.error("the engine process is left: %s", str(error))
-            assert self._transport is not None
-            self._transport.abort()
+            self.abort()
         self._on_answers()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -17,8 +17,6 @@ import random
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.engine.link import Call, Link, connect
@@ -118,9 +116,6 @@ class RemoteEngine:
         """
         now = time.monotonic()
         link = self._link_for(deadline, now)
-        side = link.greeting.info.input_size
-        if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
-            raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}, not {(side, side, 3)}")
         future: asyncio.Future[Row] = asyncio.get_running_loop().create_future()
         call = Call(next(self._ids), pixels, deadline, now, future)
         if not link.hand_over(call):
@@ -230,15 +225,20 @@ class RemoteEngine:
     async def _stay_connected(self) -> None:
         pause = FIRST_PAUSE_SECONDS
         while True:
+            link: Link | None = None
             try:
                 link = await connect(self._path, self._queue_budget_seconds, self._note_answers)
-            except (OSError, WireError) as error:
-                self._note_failure(str(error))
-            else:
-                pause = FIRST_PAUSE_SECONDS
                 self._begin(link)
+                pause = FIRST_PAUSE_SECONDS
                 await asyncio.shield(link.lost)
                 self._note_failure("it closed the connection")
+            except (OSError, WireError) as error:
+                self._note_failure(str(error))
+            except Exception as error:  # a fault of ours: it must not be the last try
+                log.exception("connecting to the engine process hit a fault of ours")
+                self._note_failure(repr(error))
+                if link is not None:
+                    link.abort()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -251,19 +251,22 @@ class RemoteEngine:
         self._failure = None
         self._ready.set()
         log.info("connected to the engine process, with %d slots", link.pool.count)
-        kept, self._kept = self._kept, {}
-        for call in kept.values():
-            call.retried = True
-            if not self._has_time(call, link) or not link.hand_over(call):
+        for call in list(self._kept.values()):
+            can_go = link.takes(call.pixels) and self._has_time(call, link)
+            if not can_go or not link.hand_over(call):
                 call.settle(_away())
+            call.retried = True
+            del self._kept[call.id]
 
     def _keep(self, link: Link) -> None:
         """Keep a lost link's calls for the next host, those that can wait for it."""
         calls = [call for call in link.calls.values() if not call.future.done()]
         link.calls.clear()
-        kept = [call for call in calls if not call.retried and self._has_time(call, link)]
+        kept = []
         for call in calls:
-            if call not in kept:
+            if not call.retried and self._has_time(call, link):
+                kept.append(call)
+            else:
                 call.settle(_away())
         self._kept |= {call.id: call for call in kept}
         if not self._closing or calls:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import uvloop
 
 from app.backends.base import BackendInfo
+from app.engine import remote
 from app.engine.base import Engine
+from app.engine.link import Link, connect
 from app.engine.remote import RemoteEngine
 from app.errors import BackendUnavailable, DeadlineExceeded, Draining, Overloaded
-from app.types import Row
+from app.types import Pixels, Row
 from tests.engine.doubles import (
     PATIENCE_SECONDS,
     WatchedBackend,
@@ -300,6 +304,67 @@ def test_workers_that_came_before_the_host_are_served_once_it_is_there(place: Pl
         await engine.aclose()
 
     run(scenario())
+
+
+def test_a_fault_of_ours_while_connecting_is_not_the_last_try(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reasons = ["what nobody thought of", "what nobody thought of either"]
+
+    async def spoilt(*arguments: Any) -> Link:
+        if len(reasons) == 2:
+            raise KeyError(reasons.pop())
+        return await connect(*arguments)
+
+    def spoilt_once(link: Link, pixels: Pixels) -> bool:
+        if reasons:
+            raise KeyError(reasons.pop())
+        return takes(link, pixels)
+
+    takes = Link.takes
+    monkeypatch.setattr(remote, "connect", spoilt)
+    first = place.start_host(holds=True)
+
+    async def scenario() -> None:
+        async with connected(place) as engine:
+            monkeypatch.setattr(Link, "takes", takes)
+            stays = ask(engine, 1)
+            await in_flight_on(place, 1)
+            monkeypatch.setattr(Link, "takes", spoilt_once)
+            first.kill()
+            await until(lambda: not engine.is_ready, "the host is gone")
+            place.start_host()
+            await until(lambda: not reasons, "its successor is met with a fault")
+            assert_row_of(1, await stays)
+            assert_row_of(2, await ask(engine, 2))
+
+    with caplog.at_level(logging.ERROR):
+        run(scenario())
+    assert caplog.text.count("hit a fault of ours") == 2
+
+
+def test_what_a_next_host_takes_in_no_slot_is_refused_and_the_rest_is_answered(
+    place: Place,
+) -> None:
+    first = place.start_host(holds=True)
+    fits = Link.takes
+
+    async def scenario(patched: pytest.MonkeyPatch) -> None:
+        async with connected(place) as engine:
+            tasks = [ask(engine, value) for value in range(3)]
+            await until(lambda: place.in_flight() > 0, "a batch runs")
+            first.kill()
+            await until(lambda: not engine.is_ready, "the host is gone")
+            patched.setattr(Link, "takes", lambda link, it: it.max() != 1 and fits(link, it))
+            place.start_host()
+            assert_row_of(0, await tasks[0])
+            assert_row_of(2, await tasks[2])
+            with pytest.raises(BackendUnavailable):
+                await tasks[1]
+            assert engine.is_ready
+
+    with pytest.MonkeyPatch.context() as patched:
+        run(scenario(patched))
 
 
 def test_an_engine_that_nobody_answers_closes_at_once(place: Place) -> None:
