@@ -11,6 +11,7 @@ pipe: when the supervisor is killed they read its end, finish what they have, an
 from __future__ import annotations
 
 import logging
+import math
 import os
 import selectors
 import signal
@@ -36,8 +37,10 @@ from app.settings import PREFIX, Settings, as_environment
 
 log = logging.getLogger("metaserve.supervisor")
 
-# Beyond the drain: connections get 2 s for their refusals, engine and threads 1 s each.
+# Beyond the drain, for everything: connections get 2 s for their refusals, engine and threads 1 s
+# each. The engine process ends last; nobody waits for it any more.
 GRACE_SECONDS = 5.0
+LAST_SECONDS = 0.5
 WORKER, ENGINE = "app.processes.worker", "app.processes.engine_process"
 
 
@@ -90,6 +93,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._is_announced = False
         self._is_stopping = False
+        self._end_by = math.inf
         self._kill_at: dict[str, float] = {}
         self._failure: str | None = None
         # Both ends stay open here; the reading ends, inherited, show when all writers are gone.
@@ -188,12 +192,14 @@ class Supervisor:
             delay = 0.0
         self._is_stopping = True
         until = time.monotonic() + delay + self._settings.drain_timeout_s + GRACE_SECONDS
+        self._end_by = min(until, self._end_by)
+        workers_end_by = self._end_by - (LAST_SECONDS if self._engine else 0.0)
         # The workers have it too; nothing must be accepted once they have closed theirs.
         self._listener.close()
         for worker in self._workers:
             # One that still loads leaves at SIGTERM, and may not have a handler for SIGINT yet.
             worker.signal(number if worker.is_ready else signal.SIGTERM)
-            self._kill_at[worker.name] = min(until, self._kill_at.get(worker.name, until))
+            self._kill_at[worker.name] = workers_end_by
 
     def _turn(self) -> None:
         """Do what is due."""
@@ -208,10 +214,10 @@ class Supervisor:
                 if child.pid is None and child.due_at <= time.monotonic():
                     self._start(child)
         for child in self._children:
-            if child.pid and time.monotonic() >= self._kill_at.get(child.name, float("inf")):
+            if child.pid and time.monotonic() >= self._kill_at.get(child.name, math.inf):
                 log.warning("%s does not end: killing it", child.name)
                 child.signal(signal.SIGKILL)
-                del self._kill_at[child.name]
+                self._kill_at[child.name] = math.inf  # once
 
     def _start(self, child: Child) -> None:
         try:
@@ -256,11 +262,12 @@ class Supervisor:
         if engine is None or engine.name in self._kill_at or any(w.pid for w in self._workers):
             return
         engine.signal(signal.SIGTERM)
-        self._kill_at[engine.name] = time.monotonic() + GRACE_SECONDS
+        self._kill_at[engine.name] = self._end_by
 
     def _seconds_to_wait(self) -> float | None:
         """Return how long nothing is due; None while only an event can change that."""
-        dues = list(self._kill_at.values())
+        dues = [self._kill_at.get(child.name, math.inf) for child in self._children if child.pid]
         if not self._is_stopping:
             dues += [child.due_at for child in self._children if child.pid is None]
-        return max(min(dues) - time.monotonic(), 0.0) if dues else None
+        first = min(dues, default=math.inf)
+        return max(first - time.monotonic(), 0.0) if first < math.inf else None
