@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -277,6 +277,11 @@ class Manifest(_Frozen):
     evaluation: Evaluation | None = None
     plan: PlanSpec | None = None
 
+    @property
+    def key(self) -> str:
+        """What two packages share only where they answer alike; proofs may be added to either."""
+        return hashlib.sha256(self.model_dump_json(exclude={"proofs"}).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Package:
@@ -347,13 +352,18 @@ class Package:
             raise PackageError(f"{path} belongs to another network; export the package again")
         return logits, embedding
 
-    def check_files(self) -> None:
+    def check_files(self, names: Collection[str] | None = None) -> None:
         """Compare every file with its hash in the manifest.
+
+        Args:
+            names: of the files that count; all when None.
 
         Raises:
             PackageError: a file is missing, damaged or exchanged.
         """
         for name, expected in self.manifest.files.items():
+            if names is not None and name not in names:
+                continue
             try:
                 actual = sha256_file(self.path / name)
             except OSError as error:

@@ -66,11 +66,12 @@ PLAN = {
         "app.processes.roster",
     },
     "app.processes.shape": {"models.gpu", "app.cpu", "app.settings"},
-    "app.processes.seat": set[str](),
+    "app.processes.seat": {"models.package"},
     "app.processes.roster": {"app.engine.board"},
     "app.processes.runtime_folder": {"app.errors"},
     "app.processes.child": {"app.processes.seat"},
     "app.processes.supervisor": {
+        "models.package",
         "app.processes.child",
         "app.engine.board",
         "app.errors",
@@ -101,6 +102,8 @@ PLAN = {
         "app.settings",
     },
     "app.processes.worker": {
+        "models.package",
+        "app.engine.wire",
         "app.engine.board",
         "app.engine.remote",
         "app.http.app",

@@ -86,6 +86,7 @@ class EngineHost:
         listener: a listening unix stream socket, inherited; workers may have connected already.
         board: where the engine's status is published.
         row: of this engine on the board.
+        package: its key; workers that serve another one leave.
         close_timeout_seconds: how long `stop` lets admitted requests finish.
     """
 
@@ -95,10 +96,11 @@ class EngineHost:
         listener: socket.socket,
         board: Board,
         row: int,
+        package: str,
         close_timeout_seconds: float = 30.0,
     ) -> None:
         self._core = warm.core
-        self._greeting = Greeting(warm.backend, warm.profile, warm.golden)
+        self._greeting = Greeting(package, warm.backend, warm.profile, warm.golden)
         self._listener = listener
         self._board = board
         self._row = row

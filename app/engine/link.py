@@ -216,8 +216,16 @@ class Link(asyncio.Protocol):
         self._unsent.clear()
 
 
-async def connect(path: str, queue_budget_seconds: float, on_answers: Callable[[], None]) -> Link:
+async def connect(
+    path: str, package: str, queue_budget_seconds: float, on_answers: Callable[[], None]
+) -> Link:
     """Connect to a host and attach slots to it; waits as long as the host loads.
+
+    Args:
+        path: of its socket.
+        package: the key of what it must serve.
+        queue_budget_seconds: which the number of slots follows.
+        on_answers: see `Link`.
 
     Raises:
         OSError: nobody listens, or the host closed the connection.
@@ -231,6 +239,8 @@ async def connect(path: str, queue_budget_seconds: float, on_answers: Callable[[
         connection.connect(path)
         length = unpack_hello_head(await _read(connection, HEAD.size))
         greeting = unpack_greeting(await _read(connection, length))
+        if greeting.package != package:
+            raise WireError("it serves another package than this process; restart the service")
         pool = SlotPool(
             greeting.info, slot_count(greeting.info, greeting.profile, queue_budget_seconds)
         )

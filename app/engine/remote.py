@@ -50,6 +50,8 @@ class RemoteEngine:
         path: of the host's listening unix socket, which outlives any one host.
         board: where the host publishes its status.
         row: of the engine on the board.
+        package: the key of what the host must serve.
+        on_greeting: told what each host says of itself, before it is sent anything.
         queue_budget_seconds: longest predicted wait at which an image is handed over.
         close_timeout_seconds: how long `aclose` lets admitted requests finish.
         patience_seconds: how long the requests of a host that died wait for the next one.
@@ -60,7 +62,9 @@ class RemoteEngine:
         path: str,
         board: Board,
         row: int,
+        package: str,
         *,
+        on_greeting: Callable[[Greeting], None] = lambda _: None,
         queue_budget_seconds: float,
         close_timeout_seconds: float = 1.0,
         patience_seconds: float = 10.0,
@@ -68,16 +72,16 @@ class RemoteEngine:
         self._path = path
         self._board = board
         self._row = row
+        self._package = package
+        self._on_greeting = on_greeting
         self._queue_budget_seconds = queue_budget_seconds
         self._close_timeout_seconds = close_timeout_seconds
         self._patience_seconds = patience_seconds
         self._ids = itertools.count(1)
-        self._greeting: Greeting | None = None
         self._link: Link | None = None
         self._kept: dict[int, Call] = {}
         self._closing = False
         self._drained = asyncio.Event()
-        self._ready = asyncio.Event()
         self._connecting: asyncio.Task[None] | None = None
         self._lingering: asyncio.Task[None] | None = None
         self._failure: str | None = None
@@ -86,26 +90,10 @@ class RemoteEngine:
         """Connect in the background, and again whenever the host is gone."""
         self._connecting = asyncio.create_task(self._stay_connected(), name="engine-link")
 
-    async def until_ready(self) -> Greeting:
-        """Wait for a host, and return what it said of itself."""
-        await self._ready.wait()
-        assert self._greeting is not None
-        return self._greeting
-
-    @property
-    def loaded(self) -> Greeting | None:
-        """What the latest host said of itself; None before the first one answered."""
-        return self._greeting
-
     @property
     def is_ready(self) -> bool:
         """Whether a host answers now."""
         return self._link is not None and self._link.is_open and not self._closing
-
-    @property
-    def failure(self) -> str | None:
-        """Why there is no connection, in words; None while there is one."""
-        return self._failure
 
     async def infer(self, pixels: Pixels, *, deadline: float) -> Row:
         """Answer one image; see `Engine.infer`. A cancelled call frees its place at once.
@@ -217,7 +205,6 @@ class RemoteEngine:
         link = self._link
         if link is not None and link.lost.done():
             self._link = None
-            self._ready.clear()
             self._keep(link)
         if self._closing and not self._kept and not (self._link and self._link.is_awaited):
             self._drained.set()
@@ -227,7 +214,9 @@ class RemoteEngine:
         while True:
             link: Link | None = None
             try:
-                link = await connect(self._path, self._queue_budget_seconds, self._note_answers)
+                link = await connect(
+                    self._path, self._package, self._queue_budget_seconds, self._note_answers
+                )
                 self._begin(link)
                 pause = FIRST_PAUSE_SECONDS
                 await asyncio.shield(link.lost)
@@ -246,10 +235,9 @@ class RemoteEngine:
         """Use a link, first of all for what an earlier host left unanswered."""
         if not link.is_open:  # lost already
             return
-        self._greeting = link.greeting
+        self._on_greeting(link.greeting)
         self._link = link
         self._failure = None
-        self._ready.set()
         log.info("connected to the engine process, with %d slots", link.pool.count)
         for call in list(self._kept.values()):
             can_go = link.takes(call.pixels) and self._has_time(call, link)

@@ -76,11 +76,13 @@ class Greeting:
     """What a host says of itself.
 
     Attributes:
+        package: the key of what is served; a worker serves the same.
         info: what runs the network.
         profile: what warm-up measured.
         golden: how this machine's answers differ from torch in float32; None for a fake.
     """
 
+    package: str
     info: BackendInfo
     profile: Profile
     golden: GoldenCheck | None

@@ -7,6 +7,8 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from models.package import Package, PackageError
+
 READY = "ready"
 FAILED = "failed "
 
@@ -25,6 +27,7 @@ class Seat:
         board: descriptor of the board.
         roster: descriptor of the roster.
         life: descriptor that reads its end when this process is to go too.
+        package: the key of the package that the service was started with.
         report: descriptor of the pipe to the supervisor.
     """
 
@@ -37,6 +40,7 @@ class Seat:
     board: int
     roster: int
     life: int
+    package: str
     report: int = -1
 
     @property
@@ -48,6 +52,20 @@ class Seat:
     def engine_path(self) -> str:
         """Where the engine process is connected to."""
         return engine_path(self.folder)
+
+    def check_package(self, package: Package) -> None:
+        """Refuse a package that came into the place of the service's own.
+
+        Raises:
+            PackageError: it is another one.
+        """
+        if package.manifest.key != self.package:
+            manifest = package.manifest
+            raise PackageError(
+                f"{package.path} holds another package now ({manifest.name} {manifest.version}) "
+                "than when the service was started; restart the service to serve it, or put the "
+                "old one back"
+            )
 
     def as_argument(self) -> str:
         """Return what `parse` reads."""

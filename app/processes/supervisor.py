@@ -34,6 +34,7 @@ from app.processes.runtime_folder import runtime_folder
 from app.processes.seat import Seat, engine_path
 from app.processes.shape import Shape
 from app.settings import PREFIX, Settings, as_environment
+from models.package import open_package
 
 log = logging.getLogger("metaserve.supervisor")
 
@@ -55,11 +56,12 @@ def supervise(settings: Settings, shape: Shape) -> int:
     relay = not is_text(settings.log_format, sys.stderr)
     package = locate_package(settings, log.info, relay)
     settings = settings.model_copy(update={"model": str(package.resolve())})
+    key = open_package(package).manifest.key
     with runtime_folder() as folder, bind(settings.host, settings.port) as listener:
         changed = settings.model_dump(mode="json", exclude_defaults=True)
         url = url_of(listener)
         log.info("listening on %s, loading %s", url, package, extra={"fields": changed})
-        supervisor = Supervisor(settings, shape, listener, folder)
+        supervisor = Supervisor(settings, shape, listener, folder, key)
         registry = whole_registry(folder, supervisor.board, supervisor.roster)
         with serve_metrics_apart(settings, registry):
             failure = supervisor.run()
@@ -77,14 +79,21 @@ class Supervisor:
         shape: which processes.
         listener: the HTTP port, which all workers accept from.
         folder: the runtime directory.
+        package: the key of the package, which every process must find.
     """
 
     def __init__(
-        self, settings: Settings, shape: Shape, listener: socket.socket, folder: str
+        self,
+        settings: Settings,
+        shape: Shape,
+        listener: socket.socket,
+        folder: str,
+        package: str,
     ) -> None:
         self._settings = settings
         self._shape = shape
         self._folder = folder
+        self._package = package
         self._listener = listener
         self._url = url_of(listener)
         rows = shape.workers + shape.shares_engine
@@ -134,6 +143,7 @@ class Supervisor:
             board=self.board.descriptor,
             roster=self.roster.descriptor,
             life=life,
+            package=self._package,
         )
 
     def _worker_child(self, row: int) -> Child:

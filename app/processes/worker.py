@@ -8,6 +8,7 @@ from functools import partial
 
 from app.engine.board import Board
 from app.engine.remote import RemoteEngine
+from app.engine.wire import Greeting
 from app.http.app import create_app
 from app.http.state import LoadedModel
 from app.main import build_state, load_and_run, load_model, show_model
@@ -18,6 +19,7 @@ from app.processes.run_child import run_child
 from app.processes.seat import Seat
 from app.processes.worker_server import WorkerServer
 from app.settings import Settings
+from models.package import LABELS, WORDNET_IDS
 
 
 def serve(settings: Settings, seat: Seat) -> None:
@@ -31,6 +33,7 @@ def serve(settings: Settings, seat: Seat) -> None:
     roster = Roster(seat.roster, seat.workers, seat.rows)
     keep_values_in_files(seat.name)
     state = build_state(settings, Metrics(whole_registry(seat.folder, board, roster)))
+    seat.check_package(state.package)
     state.board = board
     listener = socket.socket(fileno=seat.listener)
     app = create_app(state)
@@ -38,22 +41,27 @@ def serve(settings: Settings, seat: Seat) -> None:
         server = WorkerServer(app, state, seat, board, roster)
         load_and_run(server, listener, partial(load_model, state))
         return
+    # The engine process checks all files; these are read here, where another may be put any time.
+    state.package.check_files((LABELS, WORDNET_IDS))
+    _ = state.package.labels, state.package.wordnet_ids
+
+    def renew(greeting: Greeting) -> None:
+        before, info = state.loaded, greeting.info
+        if before is None or before.backend != info:
+            show_model(state, info)
+        state.loaded = LoadedModel(
+            engine, info, greeting.golden, greeting.profile, lambda: engine.is_ready
+        )
+
     engine = RemoteEngine(
         seat.engine_path,
         board,
         row=seat.workers,
+        package=seat.package,
+        on_greeting=renew,
         queue_budget_seconds=settings.queue_budget_ms / 1000,
     )
-
-    async def connect() -> None:
-        await engine.start()
-        greeting = await engine.until_ready()
-        show_model(state, greeting.info)
-        state.loaded = LoadedModel(
-            engine, greeting.info, greeting.golden, greeting.profile, lambda: engine.is_ready
-        )
-
-    WorkerServer(app, state, seat, board, roster, on_start=connect).run(sockets=[listener])
+    WorkerServer(app, state, seat, board, roster, on_start=engine.start).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from app.assemble import WarmCore
 from app.engine.base import Profile
@@ -26,6 +27,7 @@ from app.engine.window import BatchWindow
 from tests.engine.doubles import FAR_AHEAD, PATIENCE_SECONDS, WatchedBackend
 
 MAX_BATCH_SIZE = 4
+PACKAGE = "what all of them serve"
 
 
 @dataclass
@@ -37,9 +39,9 @@ class Place:
     board: Board
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def remote(self, **options: float) -> RemoteEngine:
+    def remote(self, **options: Any) -> RemoteEngine:
         options.setdefault("queue_budget_seconds", FAR_AHEAD)
-        return RemoteEngine(self.path, self.board, 0, **options)
+        return RemoteEngine(self.path, self.board, 0, PACKAGE, **options)
 
     def start_host(
         self, *, holds: bool = False, batch_seconds: float = 0.0
@@ -104,7 +106,12 @@ def hosted(
 ) -> Iterator[EngineHost]:
     """A host at work in a thread of this process; stopped at the end, when its thread is gone."""
     host = EngineHost(
-        warm(core, backend, batch_seconds), place.listener, place.board, 0, PATIENCE_SECONDS
+        warm(core, backend, batch_seconds),
+        place.listener,
+        place.board,
+        0,
+        PACKAGE,
+        PATIENCE_SECONDS,
     )
     thread = threading.Thread(target=host.serve, name="host")
     thread.start()
@@ -118,13 +125,12 @@ def hosted(
 
 
 @asynccontextmanager
-async def connected(place: Place, **options: float) -> AsyncIterator[RemoteEngine]:
+async def connected(place: Place, **options: Any) -> AsyncIterator[RemoteEngine]:
     """A RemoteEngine with a host; disconnected at the end."""
     engine = place.remote(**options)
     await engine.start()
     try:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            await engine.until_ready()
+        await until(lambda: engine.is_ready, "there is a host")
         yield engine
     finally:
         await engine.aclose()
@@ -158,7 +164,7 @@ def serve_in_this_process() -> None:
     known = {1: float(seconds)} if float(seconds) else {}
     listener = socket.socket(fileno=int(listener_fd))
     board = Board(int(board_fd), 1)
-    EngineHost(warm(core, backend, known), listener, board, 0).serve()
+    EngineHost(warm(core, backend, known), listener, board, 0, PACKAGE).serve()
 
 
 def open_descriptors() -> int:

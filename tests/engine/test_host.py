@@ -32,7 +32,15 @@ from tests.engine.doubles import (
     run,
     running,
 )
-from tests.engine.processes import Place, connected, eventually, hosted, meeting_place, slot_maps
+from tests.engine.processes import (
+    PACKAGE,
+    Place,
+    connected,
+    eventually,
+    hosted,
+    meeting_place,
+    slot_maps,
+)
 
 INFO = WatchedBackend().info
 SLOTS = 3
@@ -285,7 +293,7 @@ def test_a_host_that_rests_can_be_stopped(place: Place) -> None:
 def test_a_worker_refuses_a_host_of_another_version_in_words(place: Place) -> None:
     async def scenario() -> None:
         place.listener.setblocking(False)
-        link = asyncio.ensure_future(connect(place.path, 1.0, lambda: None))
+        link = asyncio.ensure_future(connect(place.path, PACKAGE, 1.0, lambda: None))
         connection, _ = await asyncio.get_running_loop().sock_accept(place.listener)
         with connection:
             connection.send(wire.HEAD.pack(wire.HELLO, 2, time.monotonic(), 0, 0))
@@ -295,19 +303,30 @@ def test_a_worker_refuses_a_host_of_another_version_in_words(place: Place) -> No
     run(scenario())
 
 
+def test_a_worker_leaves_a_host_of_another_package(place: Place) -> None:
+    async def scenario() -> None:
+        with pytest.raises(wire.WireError, match="another package than this process; restart"):
+            await connect(place.path, "an older one", 1.0, lambda: None)
+
+    with at_work(place, WatchedBackend()):
+        run(scenario())
+
+
 @pytest.mark.parametrize(
     "message", [pack_message(DONE, 5, 0), pack_message(9), pack_message(SUBMIT, 1, 0)]
 )
 def test_a_worker_leaves_a_host_that_answers_what_was_not_asked(
     place: Place, message: bytes
 ) -> None:
-    greeting = wire.Greeting(INFO, Profile({}, 1), None)
+    greeting = wire.Greeting(PACKAGE, INFO, Profile({}, 1), None)
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
         place.listener.setblocking(False)
         answers: list[None] = []
-        task = asyncio.ensure_future(connect(place.path, 1.0, lambda: answers.append(None)))
+        task = asyncio.ensure_future(
+            connect(place.path, PACKAGE, 1.0, lambda: answers.append(None))
+        )
         connection, _ = await loop.sock_accept(place.listener)
         with connection:
             connection.send(wire.pack_hello(greeting, time.monotonic()))

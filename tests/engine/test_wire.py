@@ -22,7 +22,7 @@ from tests.engine.doubles import WatchedBackend
 
 times = st.floats(allow_nan=False)
 INFO = WatchedBackend().info
-GREETING = wire.Greeting(INFO, Profile({1: 0.25, 8: 1.5}, 8, 2), GoldenCheck(1e-6, 0.0))
+GREETING = wire.Greeting("a key", INFO, Profile({1: 0.25, 8: 1.5}, 8, 2), GoldenCheck(1e-6, 0.0))
 
 
 @given(

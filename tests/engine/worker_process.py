@@ -9,12 +9,13 @@ import time
 from app.engine.board import Board
 from app.engine.remote import RemoteEngine
 from tests.engine.doubles import FAR_AHEAD, pixels_of
+from tests.engine.processes import PACKAGE, until
 
 
 async def ask(path: str, descriptor: int, count: int) -> None:
-    engine = RemoteEngine(path, Board(descriptor, 1), 0, queue_budget_seconds=FAR_AHEAD)
+    engine = RemoteEngine(path, Board(descriptor, 1), 0, PACKAGE, queue_budget_seconds=FAR_AHEAD)
     await engine.start()
-    await engine.until_ready()
+    await until(lambda: engine.is_ready, "there is a host")
     deadline = time.monotonic() + 60
     await asyncio.gather(
         *(engine.infer(pixels_of(value), deadline=deadline) for value in range(count))

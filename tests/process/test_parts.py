@@ -111,7 +111,7 @@ def test_settings_cross_to_a_child_as_they_are(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_seat_crosses_as_one_argument() -> None:
-    seat = Seat("engine", 2, 2, True, "/tmp/x y", 3, 4, 5, 6)
+    seat = Seat("engine", 2, 2, True, "/tmp/x y", 3, 4, 5, 6, "a key")
     assert Seat.parse(seat.as_argument()) == seat
     assert (seat.rows, seat.engine_path) == (3, "/tmp/x y/engine")
 
@@ -127,7 +127,7 @@ def test_an_end_is_told_in_words() -> None:
 
 
 def test_a_child_that_cannot_import_its_module_is_seen_to_end() -> None:
-    child = Child(Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0), "app.nosuch", {}, ())
+    child = Child(Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0, ""), "app.nosuch", {}, ())
     child.start()
     codes: list[int] = []
 
@@ -150,7 +150,7 @@ def test_a_child_that_cannot_be_started_leaves_no_descriptor(
         raise BlockingIOError(errno.EAGAIN, "no process ids are left")
 
     monkeypatch.setattr(subprocess, "Popen", no_process_ids)
-    child = Child(Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0), "app.nosuch", {}, ())
+    child = Child(Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0, ""), "app.nosuch", {}, ())
     before = open_descriptors()
 
     for _ in range(3):
@@ -177,7 +177,7 @@ def test_a_child_that_cannot_serve_says_why_whosever_fault_it_is(
 
     monkeypatch.setattr(children, "configure_logs", lambda *_: None)
     reading, writing = os.pipe()
-    seat = Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0, report=writing)
+    seat = Seat("worker-0", 0, 1, False, "", 0, 0, 0, 0, "", report=writing)
 
     assert children.run_child(seat.as_argument(), serve) == code
 

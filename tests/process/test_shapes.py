@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from models.package import MANIFEST
 from tests.process.callers import Caller, Load, caller_of_each, lives, processes, sample, send
 from tests.servers import EMBEDDED, ServiceProcess, service_process, wait_until
 
@@ -236,6 +238,33 @@ def test_a_restart_that_fails_is_tried_again_while_the_others_serve(tmp_path: Pa
         assert sample(text, "metaserve_request_duration_seconds_count", status="200") >= 1
         service.process.send_signal(signal.SIGINT)
         assert service.wait_exit() == 0
+
+
+def test_a_package_that_is_replaced_while_it_is_served_is_not_mixed_with_it(
+    shape: str, tmp_path: Path
+) -> None:
+    package = Path(shutil.copytree(EMBEDDED, tmp_path / "package"))
+    manifest = package / MANIFEST
+    old = manifest.read_text()
+    env = PAIR | SHAPES[shape] | {"METASERVE_MODEL": str(package)}
+    with service_process(env) as service, caller_of_each(service) as callers:
+        killed = set(processes(service)) - {"worker-1"}
+        manifest.write_text(json.dumps(json.loads(old) | {"version": "next"}))
+        for name in killed:
+            send(processes(service)[name], signal.SIGKILL)
+            service.wait_for_log(f"{name} ended with exit code 2: {package} holds another package")
+        said = service.wait_for_log("restart the service to serve it")["message"]
+        assert "(caformer_digits next)" in said
+        status, body = callers["worker-1"].classify()
+        if shape == "own":
+            assert (status, body["version"]) == (200, json.loads(old)["version"])
+        else:
+            assert (status, body["error"]["code"]) == (503, "backend_unavailable")
+
+        manifest.write_text(old)
+        for name in killed:
+            service.wait_for_log(f"{name} serves again")
+        wait_until(lambda: callers["worker-1"].classify()[0] == 200, "it is whole again")
 
 
 def test_a_wedged_backend_is_seen_by_liveness_in_a_process_without_a_backend() -> None:
