@@ -17,7 +17,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -27,6 +26,7 @@ from app.backends.base import Backend
 from app.engine.answering import Answering
 from app.engine.base import EngineStatus
 from app.engine.lanes import NarrowLanes
+from app.engine.schedule import Running, Schedule, Way
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow, Request, answer_together
 from app.errors import (
@@ -54,25 +54,6 @@ class BatchObserver(Protocol):
     def batch_failed(self) -> None:
         """The backend failed on a batch."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class _Way:
-    """A way to run batches: wide or narrow."""
-
-    answering: Answering
-    times: ServiceTimes
-    max_batch_size: int
-    lanes: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Running:
-    """A batch in the backend."""
-
-    way: _Way
-    size: int
-    started_at: float
 
 
 class EngineCore:
@@ -106,19 +87,20 @@ class EngineCore:
         self._image_shape = (info.input_size, info.input_size, 3)
         self._max_waiting = max(QUEUE_BYTES // (3 * info.input_size**2), window.max_batch_size)
         in_flight = info.batches_in_flight
-        self._wide = self._way(backend, times, window.max_batch_size, in_flight)
-        self._narrow: _Way | None = None
-        self._wide_up_to = 0
+        wide = Way(times, window.max_batch_size, in_flight)
+        self._schedule = Schedule(wide)
+        self._answering = {wide: self._answering_on(backend, times)}
         # Of each a backend once, also where wide and narrow share it.
         self._backends = {id(backend): backend}
         if narrow is not None:
-            size, in_flight = narrow.max_batch_size, narrow.lanes
-            self._narrow = self._way(narrow.backend, narrow.times, size, in_flight)
-            self._wide_up_to = narrow.wide_up_to
+            in_flight = narrow.lanes
+            lanes = Way(narrow.times, narrow.max_batch_size, in_flight)
+            self._schedule = Schedule(wide, lanes, narrow.wide_up_to)
+            self._answering[lanes] = self._answering_on(narrow.backend, narrow.times)
             self._backends[id(narrow.backend)] = narrow.backend
         self._changed = threading.Condition()  # guards everything below
         self._closing = False
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._idle_threads = 0
         self._progress_at = clock()
         self._last_error: str | None = None
@@ -223,9 +205,8 @@ class EngineCore:
             waiting = self._window.take_all()
         answer_together((request, Draining(DRAINING)) for request in waiting)
 
-    def _way(self, backend: Backend, times: ServiceTimes, size: int, lanes: int) -> _Way:
-        done = partial(self._done, times)
-        return _Way(Answering(backend, self._clock, done, self._failed), times, size, lanes)
+    def _answering_on(self, backend: Backend, times: ServiceTimes) -> Answering:
+        return Answering(backend, self._clock, partial(self._done, times), self._failed)
 
     def _admit(self, deadline: float, ahead_seconds: float = 0.0) -> None:
         if self._closing:
@@ -237,7 +218,9 @@ class EngineCore:
         wait = ahead_seconds + self._predicted_wait(now)
         # What the engine predicts keeps nobody from an idle one: after one slow batch nothing else
         # could teach it that the backend is fast again.
-        own_seconds = self._next_batch_seconds() if self._pending() else 0.0
+        own_seconds = (
+            self._schedule.own_seconds(len(self._window), self._running) if self._pending() else 0.0
+        )
         most = min(self._queue_budget_seconds, time_left - own_seconds)
         if wait > most or len(self._window) >= self._max_waiting:
             raise Overloaded(
@@ -247,33 +230,7 @@ class EngineCore:
             )
 
     def _predicted_wait(self, now: float) -> float:
-        """Return how long an image that came now would wait until its batch starts."""
-        way = self._next_way(len(self._window) + 1)
-        remaining = [
-            one.way.times.remaining_seconds(one.size, now - one.started_at) for one in self._running
-        ]
-        if self._running and self._running[0].way is not way:
-            remaining = [max(remaining)] * way.lanes  # wide and narrow never run at once
-        return way.times.wait_seconds(len(self._window), remaining, way.max_batch_size, way.lanes)
-
-    def _next_batch_seconds(self) -> float:
-        """Return how long the batch should take that an image which came now would be in."""
-        way = self._next_way(len(self._window) + 1)
-        return way.times.batch_seconds(len(self._window) % way.max_batch_size + 1)
-
-    def _next_way(self, waiting: int) -> _Way:
-        """Return how a batch would run if the running ones left room for it."""
-        if self._narrow is None:
-            return self._wide
-        are_narrow = bool(self._running) and self._running[0].way is self._narrow
-        return self._narrow if are_narrow or waiting > self._wide_up_to else self._wide
-
-    def _free_way(self) -> _Way | None:
-        """Return how the next batch runs, None where it has to wait for what runs."""
-        way = self._next_way(len(self._window))
-        if self._narrow is None or not self._running:
-            return way  # there are as many threads as lanes: whoever asks is free for one of them
-        return way if way is self._narrow and self._running[0].way is way else None
+        return self._schedule.wait_seconds(len(self._window), self._running, now)
 
     def _pending(self) -> bool:
         return bool(len(self._window) or self._running)
@@ -290,17 +247,17 @@ class EngineCore:
             elif not late:
                 return
 
-    def _next(self) -> tuple[list[Request], list[Request], _Running | None]:
+    def _next(self) -> tuple[list[Request], list[Request], Running | None]:
         """Wait for something to do; all is empty when the core closes and all is done."""
         with self._changed:
             while True:
                 now = self._clock()
-                way = self._free_way()
+                way = self._schedule.free_way(len(self._window), self._running)
                 seconds = self._next_seconds(way)
                 late = self._window.take_late(now, seconds)
                 batch = self._take(way, now, seconds)
                 if batch and way is not None:
-                    running = _Running(way, len(batch), now)
+                    running = Running(way, len(batch), now)
                     self._running.append(running)
                     if len(self._window):  # for another lane
                         self._changed.notify()
@@ -312,19 +269,19 @@ class EngineCore:
                     return [], [], None
                 self._wait(way, now)
 
-    def _next_seconds(self, way: _Way | None) -> float:
+    def _next_seconds(self, way: Way | None) -> float:
         if way is None:
             return 0.0
         return way.times.batch_seconds(min(len(self._window), way.max_batch_size))
 
-    def _take(self, way: _Way | None, now: float, seconds: float) -> list[Request]:
+    def _take(self, way: Way | None, now: float, seconds: float) -> list[Request]:
         if way is None:
             return []
         return self._window.take_batch(
             now, hurry=self._closing, most=way.max_batch_size, batch_seconds=seconds
         )
 
-    def _wait(self, way: _Way | None, now: float) -> None:
+    def _wait(self, way: Way | None, now: float) -> None:
         due_at = self._window.due_at() if way is not None else None
         self._idle_threads += 1
         try:
@@ -332,9 +289,9 @@ class EngineCore:
         finally:
             self._idle_threads -= 1
 
-    def _work(self, batch: list[Request], running: _Running) -> None:
+    def _work(self, batch: list[Request], running: Running) -> None:
         try:
-            running.way.answering.answer(batch)
+            self._answering[running.way].answer(batch)
         finally:
             with self._changed:
                 self._running.remove(running)
