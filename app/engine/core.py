@@ -23,20 +23,14 @@ from typing import Protocol
 import numpy as np
 
 from app.backends.base import Backend
+from app.engine.admission import check_deadline, check_wait
 from app.engine.answering import Answering
 from app.engine.base import EngineStatus
 from app.engine.lanes import NarrowLanes
 from app.engine.schedule import Running, Schedule, Way
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow, Request, answer_together
-from app.errors import (
-    DRAINING,
-    DeadlineExceeded,
-    Draining,
-    Overloaded,
-    ServiceError,
-    retry_after_seconds,
-)
+from app.errors import DRAINING, DeadlineExceeded, Draining, ServiceError
 
 log = logging.getLogger("metaserve.engine")
 
@@ -213,21 +207,18 @@ class EngineCore:
             raise Draining(DRAINING)
         now = self._clock()
         time_left = deadline - now
-        if time_left <= 0:
-            raise DeadlineExceeded("the deadline passed before the image reached the queue")
-        wait = ahead_seconds + self._predicted_wait(now)
-        # What the engine predicts keeps nobody from an idle one: after one slow batch nothing else
-        # could teach it that the backend is fast again.
-        own_seconds = (
-            self._schedule.own_seconds(len(self._window), self._running) if self._pending() else 0.0
+        check_deadline(time_left)
+        waiting, own_seconds = len(self._window), 0.0
+        if self._pending():
+            own_seconds = self._schedule.own_seconds(waiting, self._running)
+        check_wait(
+            ahead_seconds + self._predicted_wait(now),
+            budget_seconds=self._queue_budget_seconds,
+            time_left_seconds=time_left,
+            own_seconds=own_seconds,
+            waiting=waiting,
+            is_full=waiting >= self._max_waiting,
         )
-        most = min(self._queue_budget_seconds, time_left - own_seconds)
-        if wait > most or len(self._window) >= self._max_waiting:
-            raise Overloaded(
-                f"{len(self._window)} images wait already, about {wait:.1f} s of work; "
-                "send the request again later",
-                retry_after_seconds=retry_after_seconds(wait - most),
-            )
 
     def _predicted_wait(self, now: float) -> float:
         return self._schedule.wait_seconds(len(self._window), self._running, now)

@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable
 
+from app.engine.admission import check_deadline, check_wait
 from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.engine.link import Call, Link, connect
@@ -26,9 +27,7 @@ from app.errors import (
     BackendUnavailable,
     DeadlineExceeded,
     Draining,
-    Overloaded,
     ServiceError,
-    retry_after_seconds,
 )
 from app.types import Pixels, Row
 
@@ -107,8 +106,7 @@ class RemoteEngine:
         future: asyncio.Future[Row] = asyncio.get_running_loop().create_future()
         call = Call(next(self._ids), pixels, deadline, now, future)
         if not link.hand_over(call):
-            wait = self._board.read(self._row).predicted_wait_seconds
-            raise self._overloaded(len(link.calls), wait, deadline - now)
+            self._check_wait(link, deadline - now, is_full=True)  # raises
         try:
             async with asyncio.timeout(deadline - now):
                 return await future
@@ -129,12 +127,7 @@ class RemoteEngine:
         """
         now = time.monotonic()
         link = self._link_for(deadline, now)
-        status = self._board.read(self._row)
-        wait = ahead_seconds + status.predicted_wait_seconds
-        is_pending = bool(status.queue_depth or status.in_flight or link.calls)
-        time_left = deadline - now - (_one_batch(link) if is_pending else 0.0)
-        if link.pool.is_full or wait > min(self._queue_budget_seconds, time_left):
-            raise self._overloaded(status.queue_depth, wait, time_left)
+        self._check_wait(link, deadline - now, ahead_seconds, is_full=link.pool.is_full)
 
     def status(self) -> EngineStatus:
         """Return how the engine fares, which the host's silence is part of."""
@@ -180,15 +173,21 @@ class RemoteEngine:
         link = self._link
         if link is None or not link.is_open:
             raise _away()
-        if deadline <= now:
-            raise DeadlineExceeded("the deadline passed before the image reached the queue")
+        check_deadline(deadline - now)
         return link
 
-    def _overloaded(self, waiting: int, wait: float, time_left: float) -> Overloaded:
-        return Overloaded(
-            f"{waiting} images wait already, about {wait:.1f} s of work; "
-            "send the request again later",
-            retry_after_seconds(wait - min(self._queue_budget_seconds, time_left)),
+    def _check_wait(
+        self, link: Link, time_left: float, ahead_seconds: float = 0.0, *, is_full: bool
+    ) -> None:
+        status = self._board.read(self._row)
+        is_pending = bool(status.queue_depth or status.in_flight or link.calls)
+        check_wait(
+            ahead_seconds + status.predicted_wait_seconds,
+            budget_seconds=self._queue_budget_seconds,
+            time_left_seconds=time_left,
+            own_seconds=_one_batch(link) if is_pending else 0.0,
+            waiting=max(status.queue_depth, len(link.calls) if is_full else 0),
+            is_full=is_full,
         )
 
     def _leave(self, call: Call) -> None:
