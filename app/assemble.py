@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from app.backends.base import Backend, BackendInfo
@@ -10,8 +12,9 @@ from app.backends.select import select_backend
 from app.cpu import cpu_limit
 from app.engine.base import GoldenCheck, Profile
 from app.engine.core import BatchObserver, EngineCore
-from app.engine.lanes import Learned, NarrowLanes, learn_lanes
+from app.engine.lanes import Learned, NarrowLanes, learn_lanes, recall
 from app.engine.loading import check_golden, warm_up
+from app.engine.shelf import ProfileShelf
 from app.engine.timing import ServiceTimes, padding_pays_from
 from app.engine.window import BatchWindow
 from app.settings import Settings
@@ -37,8 +40,19 @@ class WarmCore:
     profile: Profile
 
 
-def open_core(settings: Settings, package: Package, observer: BatchObserver) -> WarmCore:
+def open_core(
+    settings: Settings,
+    package: Package,
+    observer: BatchObserver,
+    shelf: ProfileShelf | None = None,
+) -> WarmCore:
     """Check the package's files, start the backend, reproduce the golden outputs, warm up.
+
+    Args:
+        settings: of this process.
+        package: to serve.
+        observer: hears of batches.
+        shelf: that the processes of the service share; None where there is one.
 
     Raises:
         StartupError: the backend cannot run here.
@@ -47,7 +61,7 @@ def open_core(settings: Settings, package: Package, observer: BatchObserver) -> 
     package.check_files()
     # Read now, so that a wrong file stops the start and not a request.
     _ = package.labels, package.wordnet_ids
-    learned, golden = _warm_backend(settings, package)
+    learned, golden = _warm_backend(settings, package, shelf)
     profile = profile_of(learned)
     log.info("%s", profile)
     return start_core(
@@ -91,7 +105,9 @@ def profile_of(learned: Learned) -> Profile:
     )
 
 
-def _warm_backend(settings: Settings, package: Package) -> tuple[Learned, GoldenCheck | None]:
+def _warm_backend(
+    settings: Settings, package: Package, shelf: ProfileShelf | None
+) -> tuple[Learned, GoldenCheck | None]:
     """Open the backend, check its answers, and learn its batch sizes and lanes."""
     threads = settings.threads or cpu_limit()
 
@@ -103,14 +119,38 @@ def _warm_backend(settings: Settings, package: Package) -> tuple[Learned, Golden
             backend.close()
             raise
 
-    backend, golden = open_backend(threads)
-    try:
+    def open_narrow() -> Backend:
+        return open_backend(1)[0]
+
+    def learn() -> Learned:
         limit = min(settings.max_batch_size, backend.info.max_batch_size or settings.max_batch_size)
         times = warm_up(backend, limit)
         lanes = settings.lanes or threads
         if backend.info.threads in (None, 1) or lanes == 1:
-            return Learned(backend, times), golden
-        return learn_lanes(backend, times, lambda: open_backend(1)[0], lanes, limit), golden
+            return Learned(backend, times)
+        return learn_lanes(backend, times, open_narrow, lanes, limit)
+
+    key = _key(settings, package)
+    known = shelf.take(key) if shelf else None
+    with shelf.loading() if shelf else nullcontext():
+        backend, golden = open_backend((known and known.threads) or threads)
+    try:
+        if shelf is None:
+            return learn(), golden
+        if known is None:
+            with shelf.turn():
+                known = shelf.take(key)
+                if known is None:
+                    learned = learn()
+                    shelf.put(key, profile_of(learned))
+                    return learned, golden
+        return recall(known, backend, open_narrow), golden
     except BaseException:
         backend.close()
         raise
+
+
+def _key(settings: Settings, package: Package) -> str:
+    """Name what a profile depends on: the package and the settings."""
+    text = package.manifest.key + settings.model_dump_json()
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from app.backends.base import BackendInfo
 from app.cpu import cpu_limit
 from app.ending import end_in_spite_of_threads
 from app.engine.local import LocalEngine
+from app.engine.shelf import ProfileShelf
 from app.errors import StartupError
 from app.first_use import locate_package
 from app.http.app import create_app
@@ -116,15 +117,19 @@ def build_state(settings: Settings, metrics: Metrics | None = None) -> ServiceSt
     )
 
 
-def load_model(state: ServiceState) -> LoadedModel:
+def load_model(state: ServiceState, shelf: ProfileShelf | None = None) -> LoadedModel:
     """Load the package into an engine of this process.
+
+    Args:
+        state: of this process.
+        shelf: where the processes of a service hand on what they measured.
 
     Raises:
         StartupError: the backend cannot run here.
         PackageError: the package is damaged, or its numbers are not reproduced.
     """
     observer = state.metrics.batch_observer(state.settings.backend)
-    return wire_model(state, open_core(state.settings, state.package, observer))
+    return wire_model(state, open_core(state.settings, state.package, observer, shelf))
 
 
 def wire_model(state: ServiceState, warm: WarmCore) -> LoadedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from app import assemble
 from app.assemble import WarmCore, open_core
 from app.backends.base import Backend
 from app.engine.lanes import Learned, NarrowLanes
+from app.engine.shelf import ProfileShelf
 from app.engine.timing import ServiceTimes
 from app.engine.window import Request
 from app.settings import load_settings
@@ -84,3 +86,26 @@ def test_an_image_gets_the_same_answer_wide_and_in_a_lane(
     assert lone[0].logits.tobytes() == together[0].logits.tobytes()
     assert lone[0].embedding.tobytes() == together[0].embedding.tobytes()
     assert set(threading.enumerate()) == before
+
+
+def test_what_one_process_measured_another_takes_over_without_measuring(
+    package: Package, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shelf = ProfileShelf(tmp_path)
+    first = open_core(load_settings({"threads": "2"}), package, CountingObserver(), shelf)
+    first.core.close(PATIENCE_SECONDS)
+
+    def never(*_: object) -> Learned:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(assemble, "warm_up", never)
+    monkeypatch.setattr(assemble, "learn_lanes", never)
+    second = open_core(load_settings({"threads": "2"}), package, CountingObserver(), shelf)
+    rows = answers(second, package, 5)
+    second.core.close(PATIENCE_SECONDS)
+
+    assert second.profile == first.profile
+    for row, expected in zip(rows, package.golden[0], strict=True):
+        assert abs(row.logits - expected).max() <= 1e-4
+    with pytest.raises(AssertionError, match="measured again"):  # with other settings it does
+        open_core(load_settings({"threads": "1"}), package, CountingObserver(), shelf)

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from app.backends.base import Backend, BackendInfo
-from app.engine.loading import warm_up
+from app.engine.base import Profile
+from app.engine.loading import run_once, warm_up
 from app.engine.timing import USEFUL_GAIN, ServiceTimes
 from app.types import Batch, Rows
 
@@ -125,6 +126,38 @@ def learn_lanes(
     if found is None:
         narrow.close()
     return Learned(wide, times, found)
+
+
+def recall(profile: Profile, backend: Backend, open_narrow: Callable[[], Backend]) -> Learned:
+    """Take over what another process learned on this machine; run each size once to warm it.
+
+    Args:
+        profile: what it learned.
+        backend: warm or not; closed when one thread is to serve and it has more.
+        open_narrow: opens the same on one thread.
+    """
+    alone = narrow = None
+    if profile.threads == 1 and backend.info.threads != 1:
+        alone = open_narrow()
+    serving = alone or backend
+    try:
+        run_once(serving, profile.batch_seconds)
+        if profile.lane_batch_seconds:
+            narrow = serving if serving.info.threads == 1 else open_narrow()
+            run_once(narrow, profile.lane_batch_seconds)
+    except BaseException:
+        for opened in (alone, narrow):
+            if opened is not None and opened is not backend:
+                opened.close()
+        raise
+    if alone is not None:
+        backend.close()
+    times = ServiceTimes(profile.batch_seconds)
+    if narrow is None:
+        return Learned(serving, times)
+    lane_times = ServiceTimes(profile.lane_batch_seconds)
+    size, up_to = profile.lane_batch_size, profile.wide_up_to
+    return Learned(serving, times, NarrowLanes(narrow, lane_times, profile.lanes, size, up_to))
 
 
 def _time_lanes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +110,13 @@ def warm_up(
             break
         best = min(best, times[size] / size)
     return ServiceTimes(times)
+
+
+def run_once(backend: Backend, sizes: Iterable[int]) -> None:
+    """Run a batch of each size, so that none is the first of its kind when callers wait."""
+    image = golden_images(backend.info.input_size, 1)
+    for size in sizes:
+        backend.run(image.repeat(size, 0))
 
 
 def _fastest(backend: Backend, batch: Batch, clock: Callable[[], float]) -> float:

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from app.assemble import open_core
 from app.engine.board import Board
 from app.engine.host import EngineHost
+from app.engine.shelf import ProfileShelf
 from app.metrics import Metrics
 from app.processes.metrics_whole import keep_values_in_files
 from app.processes.run_child import run_child
@@ -45,7 +46,7 @@ def serve(settings: Settings, seat: Seat) -> None:
     observer = Metrics(CollectorRegistry()).batch_observer(settings.backend)
     package = open_package(Path(settings.model))
     seat.check_package(package)
-    warm = open_core(settings, package, observer)
+    warm = open_core(settings, package, observer, ProfileShelf(seat.folder))
     listener = socket.socket(fileno=seat.listener)
     board = Board(seat.board, seat.rows)
     host = EngineHost(warm, listener, board, seat.row, seat.package)

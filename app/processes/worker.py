@@ -8,6 +8,7 @@ from functools import partial
 
 from app.engine.board import Board
 from app.engine.remote import RemoteEngine
+from app.engine.shelf import ProfileShelf
 from app.engine.wire import Greeting
 from app.http.app import create_app
 from app.http.state import LoadedModel
@@ -39,7 +40,7 @@ def serve(settings: Settings, seat: Seat) -> None:
     app = create_app(state)
     if not seat.shares_engine:
         server = WorkerServer(app, state, seat, board, roster)
-        load_and_run(server, listener, partial(load_model, state))
+        load_and_run(server, listener, partial(load_model, state, ProfileShelf(seat.folder)))
         return
     # The engine process checks all files; these are read here, where another may be put any time.
     state.package.check_files((LABELS, WORDNET_IDS))

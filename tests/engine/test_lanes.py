@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from app.assemble import profile_of
 from app.backends.fake import FakeBackend
 from app.engine import lanes as lanes_module
 from app.engine.base import Profile
-from app.engine.lanes import Learned, SideBySide, learn_lanes, wide_up_to
+from app.engine.lanes import Learned, SideBySide, learn_lanes, recall, wide_up_to
 from app.engine.timing import ServiceTimes
 from app.types import Batch, Rows
 from models.golden import golden_images
@@ -22,11 +23,19 @@ WIDE = {1: 0.025, 2: 0.054, 4: 0.110}
 
 
 class Narrow(FakeBackend):
-    """One thread; remembers whether it was closed."""
+    """One thread; remembers what it ran and whether it was closed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.closed = False
+        self.fails = False
+        self.sizes: list[int] = []
+
+    def run(self, batch: Batch, deadline: float = math.inf) -> Rows:
+        if self.fails:
+            raise RuntimeError("cannot run")
+        self.sizes.append(len(batch))
+        return super().run(batch, deadline)
 
     def close(self) -> None:
         self.closed = True
@@ -184,3 +193,52 @@ def test_several_large_batches_in_flight_count_each() -> None:
 )
 def test_a_round_of_batches_fills_every_lane(profile: Profile, expected: int) -> None:
     assert profile.images_at_once == expected
+
+
+def of_threads(threads: int) -> Narrow:
+    backend = Narrow()
+    backend.info = replace(backend.info, threads=threads)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("profile", "serves_wide", "has_lanes", "warmed"),
+    [
+        (Profile(WIDE, 1, threads=4), True, False, ([1, 2, 4], [])),
+        (Profile(WIDE, 1, threads=1), False, False, ([], [1, 2, 4])),
+        (
+            Profile(WIDE, 1, 4, 4, {1: 0.05, 2: 0.09}, 2, wide_up_to=1),
+            True,
+            True,
+            ([1, 2, 4], [1, 2]),
+        ),
+        (
+            Profile(WIDE, 1, 4, 1, {1: 0.05, 2: 0.09}, 2),
+            False,
+            True,
+            ([], [1, 2, 4, 1, 2]),
+        ),
+    ],
+    ids=["wide", "one thread", "wide and lanes", "lanes of the one thread"],
+)
+def test_what_is_recalled_is_what_was_learned(
+    profile: Profile, serves_wide: bool, has_lanes: bool, warmed: tuple[list[int], list[int]]
+) -> None:
+    wide, narrow = of_threads(4), of_threads(1)
+    learned = recall(profile, wide, lambda: narrow)
+    assert profile_of(learned) == profile
+    assert learned.backend is (wide if serves_wide else narrow)
+    assert (learned.narrow is not None) is has_lanes
+    assert learned.narrow is None or learned.narrow.backend is narrow
+    assert (wide.sizes, narrow.sizes) == warmed, "each size once"
+    assert wide.closed is not serves_wide
+    assert not narrow.closed
+
+
+def test_a_failure_while_recalling_closes_what_was_opened() -> None:
+    wide, narrow = of_threads(4), of_threads(1)
+    narrow.fails = True
+    with pytest.raises(RuntimeError, match="cannot run"):
+        recall(Profile(WIDE, 1, 4, 4, {1: 0.05}, 1), wide, lambda: narrow)
+    assert narrow.closed
+    assert not wide.closed, "that is the caller's"

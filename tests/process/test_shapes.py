@@ -119,6 +119,21 @@ def test_a_killed_worker_costs_its_own_connections_and_nothing_else(
     assert "starting it again in 0 s" in ended["message"]
 
 
+def test_a_process_that_is_started_again_takes_over_what_was_measured(
+    service: ServiceProcess, shape: str
+) -> None:
+    with caller_of_each(service) as callers:
+        before = [caller.get("/models")[1] for caller in callers.values()]
+    with everybody_back(service):
+        send(processes(service)["engine" if shape == "shared" else "worker-0"], signal.SIGKILL)
+    with caller_of_each(service) as callers:
+        after = [caller.get("/models")[1] for caller in callers.values()]
+
+    # Two measurements never agree to the microsecond.
+    assert len(before) == len(after) == 2
+    assert all(one == before[0] for one in before + after)
+
+
 def test_counters_of_cpu_time_do_not_go_back_when_a_process_dies(
     service: ServiceProcess,
 ) -> None:
