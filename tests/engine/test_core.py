@@ -688,6 +688,60 @@ def test_a_backend_that_hangs_is_refused_more_and_more_before_a_batch_has_ended(
             core.check_admission(FAR_AHEAD)
 
 
+def test_the_predicted_wait_follows_a_backend_that_becomes_three_times_slower_and_back() -> None:
+    clock = ManualClock()
+    backend = WatchedBackend()
+    took = 1.0
+
+    def take_its_time(values: list[int], rows: Rows) -> Rows:
+        clock.advance(took)
+        return rows
+
+    def predicted() -> float:
+        """Return what an image would wait behind one that has just begun."""
+        backend.gate.clear()
+        plug = hold_one(core, backend)
+        wait = core.status().predicted_wait_seconds
+        backend.gate.set()
+        plug.assert_got_its_row()
+        return wait
+
+    backend.spoil = take_its_time
+    with running(backend, times=ServiceTimes({1: 1.0}), clock=clock) as core:
+        for took in (3.0, 1.0):
+            for value in range(12):
+                submit(core, value)[0].assert_got_its_row()
+                backend.wait_for_batch()
+            assert predicted() == pytest.approx(took, rel=0.15)
+
+
+def test_an_estimate_over_the_budget_does_not_outlive_the_slowness_that_made_it() -> None:
+    clock = ManualClock()
+    backend = WatchedBackend()
+    took = 3.0
+
+    def take_its_time(values: list[int], rows: Rows) -> Rows:
+        clock.advance(took)
+        return rows
+
+    backend.spoil = take_its_time
+    times = ServiceTimes({1: 1.0})
+    with running(backend, times=times, queue_budget_seconds=2.0, clock=clock) as core:
+        for took in (3.0, 1.0):
+            for value in range(12):  # each finds an idle core, which refuses nobody
+                submit(core, value)[0].assert_got_its_row()
+                backend.wait_for_batch()
+            backend.gate.clear()
+            plug = hold_one(core, backend)
+            if took > 2.0:
+                with pytest.raises(Overloaded):
+                    core.check_admission(FAR_AHEAD)
+            else:
+                core.check_admission(FAR_AHEAD)
+            backend.gate.set()
+            plug.assert_got_its_row()
+
+
 def test_the_wait_for_decoding_counts_towards_the_budget_and_the_deadline() -> None:
     clock = ManualClock()
     backend = WatchedBackend(shut=True)
