@@ -111,7 +111,10 @@ class Answering:
 
 
 def stack(requests: list[Request]) -> Batch:
-    """Return one batch of the requests' pixels; the only copy on their way, none for one alone."""
+    """Return one batch of the requests' pixels: the engine's one copy, none for one alone.
+
+    Outside of the engine `to_pixels` packs them, and a shared engine's callers put them in a slot.
+    """
     if len(requests) == 1:
         return np.ascontiguousarray(requests[0].pixels)[np.newaxis]
     batch = np.empty((len(requests), *requests[0].pixels.shape), np.uint8)

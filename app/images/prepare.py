@@ -55,7 +55,12 @@ def prepare_image(image: RGBImage, spec: InputSpec, box: Box | None = None) -> P
 
 
 def to_pixels(image: Image.Image) -> Pixels:
-    """Pack an image of mode RGB or L as uint8 (H, W, 3), read-only: it is copied into its batch."""
+    """Pack an image of mode RGB or L as uint8 (H, W, 3), read-only: it is copied into its batch.
+
+    Pillow keeps four bytes a pixel. It packs pieces of 64 kB and joins them, so that for a moment
+    the pixels are there twice. To drop the fourth byte with NumPy, from Pillow's own memory,
+    avoids that and takes 2.5 times as long: 190 us instead of 71 at 224x224.
+    """
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.height, rgb.width, 3)
 

@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -82,6 +82,9 @@ SPECS = st.builds(
     height=st.integers(2, 390),
     spec=SPECS,
 )
+@example("jpeg", 4 * 32 - 1, 150, InputSpec(size=32))
+@example("jpeg", 150, 4 * 32 - 1, InputSpec(size=32))
+@example("jpeg", 4 * 32, 150, InputSpec(size=32))
 def test_scaled_equals_timm_wherever_no_dct_scaling_happens(
     encoder: str, width: int, height: int, spec: InputSpec
 ) -> None:
@@ -91,6 +94,17 @@ def test_scaled_equals_timm_wherever_no_dct_scaling_happens(
     found = read(data, spec, "exact" if scales else "scaled")
     expected = timm_pixels(image, spec.size, spec.crop_pct, spec.interpolation)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("short", "scales"), [(4 * 32 - 1, False), (4 * 32, True)])
+def test_scaling_begins_where_the_shorter_side_is_four_times_the_needed(
+    short: int, scales: bool
+) -> None:
+    spec = InputSpec(size=32)
+    for size in ((short, 150), (150, short)):
+        data = encode(ramp(*size), "JPEG", quality=85)
+        is_exact = np.array_equal(read(data, spec, "scaled"), read(data, spec, "exact"))
+        assert is_exact is not scales
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -62,6 +63,9 @@ def test_the_larger_batch_is_recommended_with_every_measurement(tmp_path: Path) 
     assert all(one["trials"] for one in by_batch.values())
     page = (tmp_path / "tune.md").read_text()
     assert page.count("\n| 1 | 2 | 8 | 0 |") == len(by_batch[8]["trials"])
+    plot = ElementTree.parse(tmp_path / "tune.svg").getroot()
+    assert plot.tag == "{http://www.w3.org/2000/svg}svg"
+    assert f"{tmp_path / 'tune.svg'}" in done.stderr + done.stdout
 
 
 def test_a_promise_that_cannot_be_kept_says_so_and_ends_with_1(tmp_path: Path) -> None:
