@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from app.bench.server_process import CannotStart
 from app.tune.trial import Configuration, Measured, Slo, Trial
 
 STEPS = 4
@@ -36,10 +37,6 @@ class Service(Protocol):
 
 class OutOfTime(Exception):
     """The time that was given is spent."""
-
-
-class CannotServe(Exception):
-    """A configuration does not start; the message says why."""
 
 
 Open = Callable[[Configuration], AbstractContextManager[Service]]
@@ -100,7 +97,7 @@ def sweep(
             try:
                 with open_service(configuration) as service:
                     find_highest_rate(service, slo, one, to_beat)
-            except CannotServe as error:
+            except CannotStart as error:
                 one.words = f"does not start: {error}"
             except OutOfTime:
                 one.words = "the time was up"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from app.tune.search import HEADROOM, CannotServe, OutOfTime, Space, best_of, nearest, sweep
+from app.bench.server_process import CannotStart
+from app.tune.search import HEADROOM, OutOfTime, Space, best_of, nearest, sweep
 from app.tune.trial import Configuration, Measured, Slo, Trial, parse_slo
 
 SLO = Slo("p99", 50.0)
@@ -30,7 +31,7 @@ class Machine:
     @contextmanager
     def open(self, configuration: Configuration) -> Iterator[ModelService]:
         if configuration.workers == 3:
-            raise CannotServe("three is too many")
+            raise CannotStart("three is too many")
         yield ModelService(self, configuration)
 
 
