@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from app.bench.server_process import CannotStart
+from app.cli import main
 from app.tune.search import HEADROOM, OutOfTime, Space, best_of, nearest, sweep
 from app.tune.trial import Configuration, Measured, Slo, Trial, parse_slo
 
@@ -122,3 +123,22 @@ def test_promises_are_read(text: str, slo: Slo) -> None:
 def test_other_promises_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no promise like p99=50ms"):
         parse_slo(text)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (["--try-workers", "1,0"], "'0' is no whole number above 0"),
+        (["--try-threads", "0,-1"], "'-1' is no whole number of 0 or more"),
+        (["--try-max-wait-ms", "0,"], "'' is no number of 0 or more"),
+        (["--minutes", "inf"], "'inf' is no number of 0 or more"),
+        (["--trial-seconds", "0"], "'0' is no number above 0"),
+    ],
+)
+def test_arguments_out_of_range_are_named(
+    argument: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", "--slo", "p99=5ms", *argument])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
