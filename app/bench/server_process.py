@@ -103,19 +103,24 @@ def running_server(
     """
     with tempfile.TemporaryDirectory(prefix="served.", ignore_cleanup_errors=True) as name:
         folder, log = Path(name), Path(name) / "log"
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                command,
-                env={**environment, "TMPDIR": name},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,  # Ctrl-C is for us
-            )
+        process: subprocess.Popen[bytes] | None = None
         try:
+            with log.open("wb") as stderr:
+                process = subprocess.Popen(
+                    command,
+                    env={**environment, "TMPDIR": name},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    start_new_session=True,  # Ctrl-C is for us
+                )
             yield ServerProcess(_wait_ready(process, log, signs), process.pid, folder)
         finally:
-            _end(process, folder, patience)
+            if process is not None:
+                _end(process, patience)
+            # Workers of ours finish and go once their supervisor is gone. A signal that came while
+            # a process was started has left us nothing to wait for.
+            _end_members(folder, patience if process is not None else 0.0)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], log: Path, signs: LogSigns) -> str:
@@ -140,11 +145,10 @@ def _last_word(text: str) -> str:
     return (words or lines or ["it ended without a word"])[-1]
 
 
-def _end(process: subprocess.Popen[bytes], folder: Path, patience: float) -> None:
-    """Let it drain; kill it when that takes too long, and then what it leaves.
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Let it drain; kill it when that takes too long.
 
-    Its children have sessions of their own: a signal to its group would not reach them. Workers of
-    ours finish and go once their supervisor is gone.
+    Its children have sessions of their own: a signal to its group would not reach them.
     """
     process.terminate()
     try:
@@ -153,20 +157,17 @@ def _end(process: subprocess.Popen[bytes], folder: Path, patience: float) -> Non
     finally:  # a second Ctrl-C must not leave it
         process.kill()
         process.wait()
-    if not _wait_gone(folder, patience):
-        for pid in _members(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        _wait_gone(folder, patience)
 
 
-def _wait_gone(folder: Path, seconds: float) -> bool:
-    give_up_at = time.monotonic() + seconds
-    while _members(folder):
-        if time.monotonic() > give_up_at:
-            return False
+def _end_members(folder: Path, patience: float) -> None:
+    """Wait until all are gone, and kill those that take too long."""
+    kill_at = time.monotonic() + patience
+    while pids := _members(folder):
+        if time.monotonic() >= kill_at:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(PAUSE_SECONDS)
-    return True
 
 
 def _members(folder: Path) -> list[int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -79,3 +81,19 @@ def test_workers_and_files_of_a_lost_supervisor_do_not_outlive_the_block(
         os.kill(server.pid, number)
     assert server.pids() == []
     assert not folder.exists()
+
+
+def test_a_signal_while_it_is_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self)
+            raise SystemExit(130)
+
+    monkeypatch.setattr("app.bench.server_process.subprocess.Popen", Interrupted)
+    with pytest.raises(SystemExit), running_server(SERVE, TWO):
+        pass
+    (process,) = started
+    assert process.wait(WAIT_SECONDS) == -signal.SIGKILL
