@@ -59,6 +59,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
     """Sweep and write; 1 where no configuration keeps the promise.
 
+    Ended by a signal, it writes the figures and the page of what it has measured, and goes.
+
     Args:
         arguments: of the command line.
         variables: METASERVE_ names -> values, for every server that is started.
@@ -82,10 +84,18 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
     open_service = functools.partial(
         serving, requests=requests, seconds=arguments.trial_seconds, until=until
     )
-    measured = sweep(_space(arguments), arguments.slo, open_service, _say(arguments.slo))
+    load = _load(arguments.image)
+    measured: list[Measured] = []
+    try:
+        sweep(_space(arguments), arguments.slo, open_service, _say(arguments.slo), measured)
+    except (KeyboardInterrupt, SystemExit):
+        if any(one.capacity for one in measured):
+            so_far = Sweep(arguments.slo, measured, load, ended_early=True)
+            _say_written(write_files(so_far, arguments.out))
+        raise
     if all(one.words.startswith("does not start") for one in measured):
         raise StartupError(measured[0].words.removeprefix("does not start: "))
-    found = Sweep(arguments.slo, measured, _load(arguments.image))
+    found = Sweep(arguments.slo, measured, load)
     paths = write_files(found, arguments.out)
     if draw_plot(found, plot := arguments.out / "tune.svg"):
         paths.append(plot)
@@ -96,8 +106,12 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
 
 def _conclude(found: Sweep, paths: list[Path]) -> int:
     print(found.verdict())
-    print(f"written: {', '.join(map(str, paths))}")
+    _say_written(paths)
     return 0 if found.best is not None else 1
+
+
+def _say_written(paths: list[Path]) -> None:
+    print(f"written: {', '.join(map(str, paths))}", flush=True)
 
 
 def _say(slo: Slo) -> Callable[[Measured], None]:
