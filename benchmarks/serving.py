@@ -19,11 +19,12 @@ from typing import Any
 from app.bench.plan import Plan, build_request, parse_url
 from app.bench.recording import Phase, summarise
 from app.bench.run import measure
+from app.bench.server_process import CannotStart
 from app.cpu import cpu_limit
 from app.signals import ending_by_exception
 from benchmarks.serving_limits import Limits
 from benchmarks.serving_loads import Load, build_loads
-from benchmarks.serving_processes import CannotStart, Server, ours, theirs
+from benchmarks.serving_processes import Server, ours, theirs
 from benchmarks.serving_report import keep, write_page
 
 CONNECTIONS = (1, 8, 32)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from app.bench.argument_kinds import above_0, add_image_argument, count, from_0, several
 
 if TYPE_CHECKING:
     from app.bench.generator import Progress
@@ -21,7 +22,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     loop = parser.add_mutually_exclusive_group()
     loop.add_argument(
         "--rate",
-        type=_rates,
+        type=several(above_0),
         default=(50.0,),
         metavar="N[,N...]",
         help="requests per second, arriving by the clock whatever the server does; several are "
@@ -29,17 +30,17 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     loop.add_argument(
         "--connections",
-        type=_count,
+        type=count,
         metavar="N",
         help="a closed loop instead: N callers that wait for their reply before they ask again "
         "(this hides a server that stalls)",
     )
     parser.add_argument(
-        "--duration", type=_seconds, default=10.0, metavar="S", help="of a phase, seconds [10]"
+        "--duration", type=above_0, default=10.0, metavar="S", help="of a phase, seconds [10]"
     )
     parser.add_argument(
         "--warmup",
-        type=_seconds_or_none,
+        type=from_0,
         default=1.0,
         metavar="S",
         help="seconds before that which do not count [1]",
@@ -52,37 +53,30 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the arrivals [0]")
     parser.add_argument("--route", choices=("classify", "embed"), default="classify")
-    parser.add_argument(
-        "--image",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="sent in turn [a 32x32 drawing]",
-    )
+    add_image_argument(parser)
     parser.add_argument(
         "--timeout-ms",
-        type=_seconds,
+        type=above_0,
         default=30_000.0,
         metavar="MS",
         help="give a reply up this long after its request's intended start [30000]",
     )
     parser.add_argument(
         "--deadline-ms",
-        type=_count,
+        type=count,
         metavar="MS",
         help="send it as X-Request-Timeout-Ms [no such header]",
     )
     parser.add_argument("--api-key", metavar="KEY", help="send it as a bearer token")
     parser.add_argument(
         "--max-connections",
-        type=_count,
+        type=count,
         default=1000,
         metavar="N",
         help="of an open loop; what would need more waits, and the wait counts [1000]",
     )
     parser.add_argument(
-        "--processes", type=_count, default=1, metavar="N", help="that share the load [1]"
+        "--processes", type=count, default=1, metavar="N", help="that share the load [1]"
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures there; - is standard output"
@@ -172,30 +166,3 @@ def _live_line(plan: Plan) -> Progress | None:
         print(f"\r{line:<79}", end="" if share < 1 else "\r\n", file=sys.stderr, flush=True)
 
     return show
-
-
-def _rates(text: str) -> tuple[float, ...]:
-    return tuple(_seconds(part) for part in text.split(","))
-
-
-def _seconds(text: str) -> float:
-    value = _seconds_or_none(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
-
-
-def _seconds_or_none(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

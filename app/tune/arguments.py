@@ -9,6 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.bench.argument_kinds import (
+    above_0,
+    add_image_argument,
+    count,
+    count_from_0,
+    from_0,
+    several,
+)
+
 if TYPE_CHECKING:
     from app.tune.report import Sweep
     from app.tune.search import Space
@@ -20,42 +29,37 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slo", type=_slo, required=True, metavar="P=T", help="the promise, for example p99=50ms"
     )
-    parser.add_argument(
-        "--image",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="sent in turn; images like those of your callers [a 32x32 drawing]",
-    )
+    add_image_argument(parser, "; images like those of your callers")
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR", help="for the files it writes [.]"
     )
     parser.add_argument(
-        "--minutes", type=_above_0, default=5.0, metavar="M", help="nothing new starts after [5]"
+        "--minutes", type=above_0, default=5.0, metavar="M", help="nothing new starts after [5]"
     )
     parser.add_argument(
         "--trial-seconds",
-        type=_above_0,
+        type=above_0,
         default=3.0,
         metavar="S",
         help="how long a rate is tried, at least [3]",
     )
-    for name, text in (
-        ("workers", "[1, 2, 4 .. the CPUs]"),
-        ("threads", "[0, and 1]; 0 is the CPUs"),
-        ("max-batch-size", "[32,1,4,8,16]"),
+    for name, kind, text in (
+        ("workers", several(count), "[1, 2, 4 .. the CPUs]"),
+        ("threads", several(count_from_0), "[0, and 1]; 0 is the CPUs"),
+        ("max-batch-size", several(count), "[32,1,4,8,16]"),
     ):
         parser.add_argument(
-            f"--try-{name}", type=_counts, metavar="N,N", help=f"values of {name} to sweep {text}"
+            f"--try-{name}", type=kind, metavar="N,N", help=f"values of {name} to sweep {text}"
         )
     parser.add_argument(
-        "--try-max-wait-ms", type=_waits, metavar="MS,MS", help="likewise [0,1,2,5]"
+        "--try-max-wait-ms", type=several(from_0), metavar="MS,MS", help="likewise [0,1,2,5]"
     )
 
 
 def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
     """Sweep and write; 1 where no configuration keeps the promise.
+
+    Ended by a signal, it writes the figures and the page of what it has measured, and goes.
 
     Args:
         arguments: of the command line.
@@ -80,10 +84,18 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
     open_service = functools.partial(
         serving, requests=requests, seconds=arguments.trial_seconds, until=until
     )
-    measured = sweep(_space(arguments), arguments.slo, open_service, _say(arguments.slo))
+    load = _load(arguments.image)
+    measured: list[Measured] = []
+    try:
+        sweep(_space(arguments), arguments.slo, open_service, _say(arguments.slo), measured)
+    except (KeyboardInterrupt, SystemExit):
+        if any(one.capacity for one in measured):
+            so_far = Sweep(arguments.slo, measured, load, ended_early=True)
+            _say_written(write_files(so_far, arguments.out))
+        raise
     if all(one.words.startswith("does not start") for one in measured):
         raise StartupError(measured[0].words.removeprefix("does not start: "))
-    found = Sweep(arguments.slo, measured, _load(arguments.image))
+    found = Sweep(arguments.slo, measured, load)
     paths = write_files(found, arguments.out)
     if draw_plot(found, plot := arguments.out / "tune.svg"):
         paths.append(plot)
@@ -94,8 +106,12 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
 
 def _conclude(found: Sweep, paths: list[Path]) -> int:
     print(found.verdict())
-    print(f"written: {', '.join(map(str, paths))}")
+    _say_written(paths)
     return 0 if found.best is not None else 1
+
+
+def _say_written(paths: list[Path]) -> None:
+    print(f"written: {', '.join(map(str, paths))}", flush=True)
 
 
 def _say(slo: Slo) -> Callable[[Measured], None]:
@@ -141,30 +157,3 @@ def _slo(text: str) -> Slo:
         return parse_slo(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _above_0(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
-
-
-def _counts(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers like 1,2,4")
-    return [int(part) for part in parts]
-
-
-def _waits(text: str) -> list[float]:
-    try:
-        waits = [float(part) for part in text.split(",")]
-    except ValueError:
-        waits = [-1.0]
-    if not all(0 <= wait < 1e5 for wait in waits):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of milliseconds like 0,2")
-    return waits

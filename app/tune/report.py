@@ -28,11 +28,13 @@ class Sweep:
         slo: the promise.
         measured: what was tried.
         load: the images and what serves, in words.
+        ended_early: whether a signal came before everything was tried.
     """
 
     slo: Slo
     measured: Sequence[Measured]
     load: str
+    ended_early: bool = False
 
     @property
     def best(self) -> tuple[Measured, Trial] | None:
@@ -60,10 +62,15 @@ class Sweep:
 
 
 def write_files(sweep: Sweep, folder: Path) -> list[Path]:
-    """Write the settings (where there are any to recommend), the figures and the page."""
+    """Write the settings (where there are any to recommend), the figures and the page.
+
+    A sweep that was ended early decides nothing about the settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     contents = {FIGURES: _figures(sweep), PAGE: _page(sweep)}
-    if sweep.best is not None:
+    if sweep.ended_early:
+        pass
+    elif sweep.best is not None:
         contents[ENVIRONMENT] = _environment(sweep)
     else:
         (folder / ENVIRONMENT).unlink(missing_ok=True)  # of an earlier run: it promises too much
@@ -117,6 +124,7 @@ def _figures(sweep: Sweep) -> str:
         "load": sweep.load,
         "machine": machine(),
         "verdict": sweep.verdict(),
+        "ended_early": sweep.ended_early,
         "recommended": None if best is None else asdict(best[0].configuration),
         "rate": None if best is None else best[1].rate,
         "configurations": [
@@ -134,6 +142,7 @@ def _page(sweep: Sweep) -> str:
         "",
         f"{sweep.verdict()}.",
         "",
+        *(["**It was ended early**: not everything was tried.", ""] if sweep.ended_early else []),
         f"{sweep.load}. {machine()}.",
         "",
         "| workers | threads | batch | wait, ms | closed loop /s | rate /s "

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from app.bench.server_process import CannotStart
 from app.tune.trial import Configuration, Measured, Slo, Trial
 
 STEPS = 4
@@ -20,6 +21,9 @@ LOWEST = 0.05
 
 BETTER = 1.03
 """A configuration must serve so much more than the best before; less is noise."""
+
+
+ENDED_EARLY = "ended early"
 
 
 class Service(Protocol):
@@ -36,10 +40,6 @@ class Service(Protocol):
 
 class OutOfTime(Exception):
     """The time that was given is spent."""
-
-
-class CannotServe(Exception):
-    """A configuration does not start; the message says why."""
 
 
 Open = Callable[[Configuration], AbstractContextManager[Service]]
@@ -76,8 +76,12 @@ class Space:
 
 
 def sweep(
-    space: Space, slo: Slo, open_service: Open, report: Callable[[Measured], None]
-) -> list[Measured]:
+    space: Space,
+    slo: Slo,
+    open_service: Open,
+    report: Callable[[Measured], None],
+    measured: list[Measured],
+) -> None:
     """Try the configurations of a space, stage by stage.
 
     Args:
@@ -85,29 +89,29 @@ def sweep(
         slo: the promise.
         open_service: starts a configuration.
         report: told of each configuration at its end.
-
-    Returns:
-        Everything that was measured; what came before the time was up where it was.
+        measured: empty; takes everything as it is measured, so that an early end keeps it.
     """
-    measured: dict[Configuration, Measured] = {}
     for stage in space.stages():
-        for configuration in stage(_best(list(measured.values()), slo, space.first())):
-            if configuration in measured:
+        for configuration in stage(_best(measured, slo, space.first())):
+            if any(configuration == other.configuration for other in measured):
                 continue
-            one = measured[configuration] = Measured(configuration)
-            leading = best_of([*measured.values()], slo)
+            one = Measured(configuration)
+            leading = best_of(measured, slo)
             to_beat = 0.0 if leading is None else BETTER * leading[1].rate
+            measured.append(one)
             try:
                 with open_service(configuration) as service:
                     find_highest_rate(service, slo, one, to_beat)
-            except CannotServe as error:
+            except CannotStart as error:
                 one.words = f"does not start: {error}"
             except OutOfTime:
                 one.words = "the time was up"
                 report(one)
-                return list(measured.values())
+                return
+            except (KeyboardInterrupt, SystemExit):
+                one.words = ENDED_EARLY
+                raise
             report(one)
-    return list(measured.values())
 
 
 def find_highest_rate(service: Service, slo: Slo, into: Measured, to_beat: float) -> None:

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 import benchmarks.serving_report as report
+from app.bench.server_process import CannotStart
 from benchmarks.serving import measure_flatness, measure_load
 from benchmarks.serving_limits import Limits
 from benchmarks.serving_loads import Load
-from benchmarks.serving_processes import CannotStart, ours, theirs
+from benchmarks.serving_processes import ours, theirs
 from models.package import PRETRAINED, open_package
 
 IMAGES = Path(__file__).parents[2] / "examples/images"

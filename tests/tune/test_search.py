@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from app.tune.search import HEADROOM, CannotServe, OutOfTime, Space, best_of, nearest, sweep
+from app.bench.server_process import CannotStart
+from app.cli import main
+from app.tune.search import HEADROOM, OutOfTime, Space, best_of, nearest, sweep
 from app.tune.trial import Configuration, Measured, Slo, Trial, parse_slo
 
 SLO = Slo("p99", 50.0)
@@ -30,7 +32,7 @@ class Machine:
     @contextmanager
     def open(self, configuration: Configuration) -> Iterator[ModelService]:
         if configuration.workers == 3:
-            raise CannotServe("three is too many")
+            raise CannotStart("three is too many")
         yield ModelService(self, configuration)
 
 
@@ -58,7 +60,9 @@ SPACE = Space(workers=[1, 2, 3], threads=[0], max_batch_size=[8, 1, 16], max_wai
 
 
 def search(machine: Machine, slo: Slo = SLO) -> list[Measured]:
-    return sweep(SPACE, slo, machine.open, lambda _: None)
+    measured: list[Measured] = []
+    sweep(SPACE, slo, machine.open, lambda _: None, measured)
+    return measured
 
 
 def test_the_search_finds_the_best_configuration_and_about_its_highest_rate() -> None:
@@ -121,3 +125,22 @@ def test_promises_are_read(text: str, slo: Slo) -> None:
 def test_other_promises_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no promise like p99=50ms"):
         parse_slo(text)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (["--try-workers", "1,0"], "'0' is no whole number above 0"),
+        (["--try-threads", "0,-1"], "'-1' is no whole number of 0 or more"),
+        (["--try-max-wait-ms", "0,"], "'' is no number of 0 or more"),
+        (["--minutes", "inf"], "'inf' is no number of 0 or more"),
+        (["--trial-seconds", "0"], "'0' is no number above 0"),
+    ],
+)
+def test_arguments_out_of_range_are_named(
+    argument: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", "--slo", "p99=5ms", *argument])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err

@@ -27,7 +27,7 @@ SHORT = [
     "--try-max-wait-ms",
     "0",
     "--trial-seconds",
-    "0.5",
+    "0.2",
 ]
 ENV = {
     **{name: text for name, text in os.environ.items() if "METASERVE_" not in name},
@@ -88,19 +88,41 @@ def test_a_service_that_cannot_start_is_one_sentence_and_exit_code_2(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_no_server_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_leaves_no_server_behind_and_keeps_what_was_measured(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     # The variable marks every process that descends from this run.
     mark = f"tune-{os.getpid()}-{threading.get_native_id()}-{number}"
-    command = [COMMAND, "tune", *SHORT, "--slo", "p99=50ms", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, env={**ENV, "TUNE_TEST_MARK": mark})
+    (tmp_path / "metaserve.env").write_text("METASERVE_WORKERS=9\n")  # of an earlier run
+    command = [COMMAND, "tune", *SHORT, "--slo", "p99=200ms", "--out", str(tmp_path)]
+    command += ["--try-max-batch-size", "8,1"]
+    process = subprocess.Popen(
+        command,
+        env={**ENV, "TUNE_TEST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
+        assert process.stderr is not None
+        first = process.stderr.readline()  # said at the end of the first configuration
+        assert "batch 8" in first
         wait_until(lambda: len(marked(mark)) >= 3, "server and generator run", seconds=60)
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
+        shown, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
         wait_until(lambda: not marked(mark), f"processes are left: {marked(mark)}")
     finally:
         process.kill()
-        process.wait(10)
+        process.communicate(timeout=10)
+    assert shown == f"written: {tmp_path}/tune.json, {tmp_path}/tune.md\n"
+    figures = json.loads((tmp_path / "tune.json").read_text())
+    assert figures["ended_early"]
+    done, cut = figures["configurations"]
+    assert done["trials"]
+    assert cut["words"] == "ended early"
+    assert "**It was ended early**" in (tmp_path / "tune.md").read_text()
+    assert (tmp_path / "metaserve.env").read_text() == "METASERVE_WORKERS=9\n"
 
 
 def marked(mark: str) -> list[int]:
