@@ -68,17 +68,11 @@ class Pipeline:
         if isinstance(item, BadRequest):
             raise item
         pool = self._state.pool
-        if self._is_cheap(item):
-            # Here and now: a thread would cost more. A turn of the loop does so many and no more.
-            while not pool.has_time_here():
-                await asyncio.sleep(0)
-            self.check_admission()
-            started_at = time.monotonic()
-            pixels = pool.run_here(self._read, item)
-        else:
-            self.check_admission()
-            started_at = time.monotonic()
-            pixels = await pool.run_admitted(self._deadline, self._read, item)
+        # A cheap one here: a thread would cost more.
+        run = pool.run_here if self._is_cheap(item) else pool.run_admitted
+        self.check_admission()
+        started_at = time.monotonic()
+        pixels = await run(self._deadline, self._read, item)
         return await self._infer(pixels, started_at)
 
     async def answer_all(self, items: Sequence[Item]) -> list[Outcome]:
