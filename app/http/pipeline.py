@@ -39,17 +39,22 @@ class Pipeline:
         state: the service's.
         model: what answers.
         deadline: absolute `time.monotonic()` seconds.
+        lag_seconds: that the request has waited already for the event loop.
     """
 
-    def __init__(self, state: ServiceState, model: LoadedModel, deadline: float) -> None:
+    def __init__(
+        self, state: ServiceState, model: LoadedModel, deadline: float, lag_seconds: float
+    ) -> None:
         self._state = state
         self._model = model
         self._deadline = deadline
+        self._lag_seconds = lag_seconds
 
     def check_admission(self) -> None:
         """Refuse an image that could not be answered in time, before any work is spent on it.
 
-        One estimate: the wait for a decoding thread, decoding, and the wait for a batch.
+        One estimate: the wait for the event loop, which is over, that for a decoding thread,
+        decoding, and the wait for a batch.
 
         Raises:
             Refused: too much waits already, or the engine closes.
@@ -57,7 +62,8 @@ class Pipeline:
         """
         pool = self._state.pool
         pool.check_admission(self._deadline)
-        self._model.engine.check_admission(self._deadline, ahead_seconds=pool.ahead_seconds())
+        ahead_seconds = self._lag_seconds + pool.ahead_seconds()
+        self._model.engine.check_admission(self._deadline, ahead_seconds=ahead_seconds)
 
     async def answer_one(self, item: Item) -> Answered:
         """Answer the image of a request that holds no other.
