@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -52,14 +53,16 @@ class Caller:
 
     Attributes:
         cycle: uvicorn's side of the request.
+        arrived_at: `time.monotonic()` when the request's head was there and its turn had come.
         wire: takes the bytes of the reply.
         task: answers it; cancelled when the caller leaves.
     """
 
-    __slots__ = ("cycle", "task", "wire")
+    __slots__ = ("arrived_at", "cycle", "task", "wire")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self.cycle = cycle
+        self.arrived_at = time.monotonic()
         self.wire = Corked(cycle)
         cycle.transport = self.wire  # type: ignore[assignment]
         self.task: asyncio.Task[object] | None = None

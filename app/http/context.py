@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from starlette.types import Scope
 
+from app.http.caller import caller_of
+
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
 """What orchestrators ask every few seconds: a good answer is logged at debug, none is counted as a
 refused request."""
@@ -26,6 +28,7 @@ class RequestContext:
         request_id: the caller's, or made here.
         headers: name in lower case -> value; of several with one name, the first.
         started_at: `time.monotonic()` when the headers were there.
+        lag_seconds: from then until the event loop came to it.
         deadline: likewise absolute; the body is waited for no longer.
         received_bytes: of the body, so far.
         images: how many it carried.
@@ -36,6 +39,7 @@ class RequestContext:
     request_id: str
     headers: dict[bytes, bytes]
     started_at: float = field(default_factory=time.monotonic)
+    lag_seconds: float = 0.0
     deadline: float = math.inf
     received_bytes: int = 0
     images: int = 0
@@ -55,6 +59,10 @@ def new_context(scope: Scope) -> RequestContext:
     is_clean = _CLEAN_ID.fullmatch(given)
     request_id = given.decode() if is_clean else f"{random.getrandbits(128):032x}"
     context = RequestContext(request_id, headers)
+    caller = caller_of(scope)
+    if caller is not None:
+        context.lag_seconds = context.started_at - caller.arrived_at
+        context.started_at = caller.arrived_at
     scope[_KEY] = context
     return context
 

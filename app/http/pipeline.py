@@ -39,17 +39,22 @@ class Pipeline:
         state: the service's.
         model: what answers.
         deadline: absolute `time.monotonic()` seconds.
+        lag_seconds: that the request has waited already for the event loop.
     """
 
-    def __init__(self, state: ServiceState, model: LoadedModel, deadline: float) -> None:
+    def __init__(
+        self, state: ServiceState, model: LoadedModel, deadline: float, lag_seconds: float
+    ) -> None:
         self._state = state
         self._model = model
         self._deadline = deadline
+        self._lag_seconds = lag_seconds
 
     def check_admission(self) -> None:
         """Refuse an image that could not be answered in time, before any work is spent on it.
 
-        One estimate: the wait for a decoding thread, decoding, and the wait for a batch.
+        One estimate: the wait for the event loop, which is over, that for a decoding thread,
+        decoding, and the wait for a batch.
 
         Raises:
             Refused: too much waits already, or the engine closes.
@@ -57,7 +62,8 @@ class Pipeline:
         """
         pool = self._state.pool
         pool.check_admission(self._deadline)
-        self._model.engine.check_admission(self._deadline, ahead_seconds=pool.ahead_seconds())
+        ahead_seconds = self._lag_seconds + pool.ahead_seconds()
+        self._model.engine.check_admission(self._deadline, ahead_seconds=ahead_seconds)
 
     async def answer_one(self, item: Item) -> Answered:
         """Answer the image of a request that holds no other.
@@ -68,17 +74,11 @@ class Pipeline:
         if isinstance(item, BadRequest):
             raise item
         pool = self._state.pool
-        if self._is_cheap(item):
-            # Here and now: a thread would cost more. A turn of the loop does so many and no more.
-            while not pool.has_time_here():
-                await asyncio.sleep(0)
-            self.check_admission()
-            started_at = time.monotonic()
-            pixels = pool.run_here(self._read, item)
-        else:
-            self.check_admission()
-            started_at = time.monotonic()
-            pixels = await pool.run_admitted(self._deadline, self._read, item)
+        # A cheap one here: a thread would cost more.
+        run = pool.run_here if self._is_cheap(item) else pool.run_admitted
+        self.check_admission()
+        started_at = time.monotonic()
+        pixels = await run(self._deadline, self._read, item)
         return await self._infer(pixels, started_at)
 
     async def answer_all(self, items: Sequence[Item]) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""CpuPool: the threads for work that would hold up the event loop, and the wait for one of them."""
+"""CpuPool: threads for work that would hold up the event loop, and the waits for what runs it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from app.errors import DeadlineExceeded, Overloaded, retry_after_seconds
 
@@ -40,7 +42,13 @@ class CpuPool:
         self._pending = 0  # touched by the event loop alone
         # Of a job. Two threads may overwrite each other's: it is an estimate.
         self._mean_seconds = 0.0
-        self._here_seconds = 0.0  # spent in this turn of the loop
+        # What waits for a turn of the loop, oldest first.
+        self._waiting_here: deque[_Waiting[Any]] = deque()
+        self._turn_began_at = 0.0
+        self._turn_jobs = 0
+        self._turn_seconds = 0.0  # that these took
+        # What a turn takes for each job in it, with all else that it does for their requests.
+        self._mean_share_seconds = 0.0
 
     @property
     def threads(self) -> int:
@@ -48,27 +56,14 @@ class CpuPool:
         return self._threads
 
     def wait_seconds(self) -> float:
-        """Return how long a job that came now would wait for a thread."""
+        """Return how long a job that came now would wait, for a thread or a turn of the loop."""
         ahead = max(self._pending - self._threads + 1, 0)
-        return ahead * self._mean_seconds / self._threads
+        for_thread = ahead * self._mean_seconds / self._threads
+        return max(for_thread, len(self._waiting_here) * self._mean_share_seconds)
 
     def ahead_seconds(self) -> float:
-        """Return how long a job that came now would take with its wait for a thread."""
+        """Return how long a job that came now would take with its wait."""
         return self.wait_seconds() + self._mean_seconds
-
-    def has_time_here(self) -> bool:
-        """Return whether this turn of the event loop may do one more small job itself."""
-        return self._here_seconds < HERE_SECONDS
-
-    def run_here(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a job that is smaller than the way to a thread and back, on the event loop."""
-        started_at = time.monotonic()
-        try:
-            return job(*args, **kwargs)
-        finally:
-            if not self._here_seconds:
-                asyncio.get_running_loop().call_soon(self._begin_turn)
-            self._here_seconds += time.monotonic() - started_at
 
     def check_admission(self, deadline: float) -> None:
         """Refuse a job that would wait too long.
@@ -84,8 +79,33 @@ class CpuPool:
         if time_left <= 0:
             raise DeadlineExceeded(LATE)
         excess = self.wait_seconds() - min(self._budget_seconds, time_left)
-        if self._pending and excess > 0:
+        if excess > 0 and (self._pending or self._waiting_here):
             raise _overloaded(excess)
+
+    async def run_here(
+        self, deadline: float, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a job that is smaller than the way to a thread and back, on the event loop.
+
+        A turn of the loop does so many and no more; the others wait in the order they came.
+
+        Raises:
+            Overloaded: it would wait, or has waited, longer than the budget.
+            DeadlineExceeded: the deadline passed before its turn came.
+        """
+        self.check_admission(deadline)
+        if not self._waiting_here and self._turn_seconds < HERE_SECONDS:
+            return self._do_here(partial(job, *args, **kwargs))
+        waiting = _Waiting(partial(job, *args, **kwargs))
+        self._waiting_here.append(waiting)
+        try:
+            async with asyncio.timeout(deadline - waiting.since):
+                return await waiting.answer
+        except TimeoutError:
+            raise DeadlineExceeded(LATE) from None
+        finally:
+            if not waiting.is_begun:
+                self._waiting_here.remove(waiting)
 
     async def run_admitted(
         self, deadline: float, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs
@@ -156,8 +176,47 @@ class CpuPool:
         else:
             answer.set_result(result)
 
+    def _do_here(self, job: Callable[[], T]) -> T:
+        started_at = time.monotonic()
+        if not self._turn_jobs:
+            self._turn_began_at = started_at
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+        try:
+            return job()
+        finally:
+            seconds = time.monotonic() - started_at
+            self._turn_jobs += 1
+            self._turn_seconds += seconds
+            self._mean_share_seconds = self._mean_share_seconds or seconds
+
     def _begin_turn(self) -> None:
-        self._here_seconds = 0.0
+        """Do what waits for a turn of the loop, as far as this one goes; the last is over."""
+        share = (time.monotonic() - self._turn_began_at) / self._turn_jobs
+        self._mean_share_seconds += SMOOTHING * (share - self._mean_share_seconds)
+        self._turn_jobs, self._turn_seconds = 0, 0.0
+        while self._waiting_here and self._turn_seconds < HERE_SECONDS:
+            waiting = self._waiting_here.popleft()
+            waiting.is_begun = True
+            if waiting.answer.done():  # the caller is about to leave
+                continue
+            try:
+                if time.monotonic() - waiting.since > self._budget_seconds:
+                    raise _overloaded(self._budget_seconds)
+                waiting.answer.set_result(self._do_here(waiting.job))
+            except Exception as error:  # whoever awaits it hears of it
+                waiting.answer.set_exception(error)
+
+
+class _Waiting(Generic[T]):
+    """A job that waits for a turn of the event loop, and who waits for its answer."""
+
+    __slots__ = ("answer", "is_begun", "job", "since")
+
+    def __init__(self, job: Callable[[], T]) -> None:
+        self.job = job
+        self.answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.since = time.monotonic()
+        self.is_begun = False
 
 
 def _overloaded(excess_seconds: float) -> Overloaded:

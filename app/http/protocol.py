@@ -163,7 +163,8 @@ class PatientProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+                version = self.parser.get_http_version().encode()
+                lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
                 lines += [b"%s: %s" % one for one in self.headers if one[0] != b"upgrade"]
                 data = b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
                 self.parser = httptools.HttpRequestParser(self)

@@ -193,7 +193,7 @@ def _wants_bytes(accept: str) -> bool:
 async def _answer(request: ImageRequest) -> tuple[Sequence[Outcome], bool]:
     """Read a request's images and answer them; tell whether the reply is a list."""
     state, context = request.state, request.context
-    pipeline = Pipeline(state, state.model(), context.deadline)
+    pipeline = Pipeline(state, state.model(), context.deadline, context.lag_seconds)
     pipeline.check_admission()  # what cannot be answered need not be sent
     inputs = await read_inputs(request, state.pool)
     context.images = len(inputs.items)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from app.errors import InferenceFailed
@@ -27,10 +29,10 @@ def rank(
     Raises:
         InferenceFailed: a logit is NaN or infinite upwards.
     """
-    probabilities = _softmax(logits)
+    exponentials, total = _exponentials(logits)
     predictions = []
     for index in _largest(logits, min(top_k, len(logits))):
-        known = index, labels[index] if labels else None, probabilities[index]
+        known = index, labels[index] if labels else None, exponentials[index] / total
         predictions.append(
             WordNetPrediction(*known, wordnet_ids[index]) if wordnet_ids else Prediction(*known)
         )
@@ -50,25 +52,37 @@ def normalise(embedding: Vector) -> Vector:
     return embedding.copy() if length == 0 else (embedding / length).astype(np.float32)
 
 
-def _softmax(logits: Vector) -> Vector:
-    """Return float32 (C,) that sums to one; the largest exponent is 0, so nothing overflows."""
+def _exponentials(logits: Vector) -> tuple[Vector, np.float32]:
+    """Return a softmax before its division, float32 (C,), and what to divide by.
+
+    The largest exponent is 0, so nothing overflows.
+    """
     peak = logits.max()
-    if not np.isfinite(peak):  # NaN spreads to the maximum, so this sees every bad element
+    if not math.isfinite(peak):  # NaN spreads to the maximum, so this sees every bad element
         raise InferenceFailed("the network's logits of this image are not finite")
-    exponentials: Vector = np.exp(logits - peak)
-    probabilities: Vector = exponentials / exponentials.sum()
-    return probabilities
+    exponentials: Vector = logits - peak
+    np.exp(exponentials, out=exponentials)
+    return exponentials, exponentials.sum()
 
 
 def _largest(logits: Vector, count: int) -> list[int]:
-    """Return the indices of the `count` largest, largest first.
+    """Return the indices of the `count` largest, largest first; of equals, the lower first.
 
-    A partition finds the last value that belongs, in linear time but in no fixed order among
-    equals; so it gives the value only, and a stable sort orders all that reach it.
+    NumPy lets go of the interpreter to sort, however little, and at each step over more than 500
+    elements; to have it back takes longer than the step where images are decoded meanwhile. So
+    for a few of many there is one such step, and Python does the rest.
     """
-    if len(logits) <= FEW_CLASSES:  # NumPy lets go of the interpreter to sort, however little
+    if len(logits) <= FEW_CLASSES:
         values = logits.tolist()
         return sorted(range(len(values)), key=values.__getitem__, reverse=True)[:count]
+    if count <= FEW_CLASSES and count < len(logits):
+        first_beyond = len(logits) - count - 1
+        beyond, *best = np.argpartition(logits, first_beyond)[first_beyond:].tolist()
+        found = {index: logits.item(index) for index in sorted(best)}
+        if logits.item(beyond) < min(found.values()):  # else of equals any may be left out
+            return sorted(found, key=found.__getitem__, reverse=True)
+    # A partition is in no fixed order among equals: it says how much the last has that belongs,
+    # and a stable sort orders all that reach it.
     last = np.partition(logits, len(logits) - count)[len(logits) - count]
     candidates = np.flatnonzero(logits >= last)
     order = np.argsort(-logits[candidates], kind="stable")[:count]

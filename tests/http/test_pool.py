@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 import pytest
 
@@ -14,6 +16,7 @@ from app.http.pool import HERE_SECONDS, CpuPool
 from tests.servers import WAIT_SECONDS
 
 FAR = 1e9
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -195,17 +198,103 @@ def test_the_wait_follows_what_jobs_took(pool: CpuPool) -> None:
     assert pool.wait_seconds() == 0
 
 
+async def fill_turn(pool: CpuPool, *jobs: Callable[[], T]) -> list[asyncio.Task[T]]:
+    """Have this turn of the loop do all that it may, and these jobs wait for others."""
+    pool._mean_share_seconds = 1e-9  # nobody is refused at the door
+    filling = asyncio.create_task(pool.run_here(FAR, time.sleep, HERE_SECONDS))
+    tasks = [asyncio.create_task(pool.run_here(FAR, job)) for job in jobs]
+    await asyncio.sleep(0)
+    assert filling.done()
+    assert len(pool._waiting_here) == len(jobs)
+    return tasks
+
+
 def test_a_turn_of_the_loop_does_so_much_itself_and_no_more(pool: CpuPool) -> None:
+    begun: list[tuple[int, int]] = []
+
+    def begin(job: int, seconds: float) -> None:
+        begun.append((job, pool._turn_jobs))
+        time.sleep(seconds)
+
     async def scenario() -> None:
-        assert pool.has_time_here()
-        assert pool.run_here(lambda: 7) == 7
-        assert pool.has_time_here()
-        pool.run_here(time.sleep, HERE_SECONDS)
-        assert not pool.has_time_here()
-        await asyncio.sleep(0)
-        assert pool.has_time_here()
+        await pool.run_here(FAR, begin, 0, 0.0)
+        assert begun == [(0, 0)]  # the first of a turn waits for nothing
+        jobs = (partial(begin, 1, 0.0), partial(begin, 2, HERE_SECONDS), partial(begin, 3, 0.0))
+        tasks = await fill_turn(pool, *jobs)
+        async with asyncio.timeout(WAIT_SECONDS):
+            await asyncio.gather(*tasks)
+        assert begun == [(0, 0), (1, 0), (2, 1), (3, 0)]  # in their order, in two turns
+        assert pool.wait_seconds() == 0
 
     asyncio.run(scenario())
+
+
+def test_what_waits_for_a_turn_of_the_loop_counts(pool: CpuPool) -> None:
+    async def scenario() -> None:
+        tasks = await fill_turn(pool, int, int, int)
+        pool._mean_share_seconds = 0.4
+        assert pool.wait_seconds() == pytest.approx(1.2)
+        with pytest.raises(Overloaded):
+            await pool.run_here(FAR, int)
+        tasks[0].cancel()  # its caller left
+        await asyncio.sleep(0)
+        async with asyncio.timeout(WAIT_SECONDS):
+            assert await asyncio.gather(*tasks[1:]) == [0, 0]
+        assert await pool.run_here(FAR, int) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_turn_learns_what_it_takes_for_each_of_its_jobs(pool: CpuPool) -> None:
+    async def scenario() -> None:
+        await asyncio.gather(*await fill_turn(pool, int))
+
+    asyncio.run(scenario())
+    assert pool._mean_share_seconds > HERE_SECONDS / 50
+
+
+def test_who_leaves_while_it_waits_for_a_turn_leaves_the_line(pool: CpuPool) -> None:
+    begun: list[int] = []
+
+    async def scenario() -> None:
+        filling = partial(time.sleep, HERE_SECONDS)
+        tasks = await fill_turn(pool, filling, partial(begun.append, 1), partial(begun.append, 2))
+        tasks[1].cancel()
+        async with asyncio.timeout(WAIT_SECONDS):
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[1]
+            await tasks[2]
+        assert not pool._waiting_here
+
+    asyncio.run(scenario())
+    assert begun == [2]
+
+
+def test_who_has_waited_for_a_turn_beyond_the_budget_is_told_so() -> None:
+    pool = CpuPool(threads=1, budget_seconds=HERE_SECONDS / 2)
+
+    async def scenario() -> None:
+        tasks = await fill_turn(pool, partial(time.sleep, HERE_SECONDS), int)
+        await tasks[0]
+        with pytest.raises(Overloaded):
+            await tasks[1]
+
+    asyncio.run(scenario())
+    pool.close()
+
+
+def test_a_deadline_ends_the_wait_for_a_turn(pool: CpuPool) -> None:
+    begun: list[int] = []
+
+    async def scenario() -> None:
+        plug = [partial(time.sleep, HERE_SECONDS) for _ in range(5)]
+        await fill_turn(pool, *plug)
+        with pytest.raises(DeadlineExceeded):
+            await pool.run_here(time.monotonic() + HERE_SECONDS, begun.append, 1)
+        assert len(pool._waiting_here) < len(plug)
+
+    asyncio.run(scenario())
+    assert begun == []
 
 
 def test_a_failure_comes_back_from_either_place(pool: CpuPool) -> None:
@@ -216,7 +305,10 @@ def test_a_failure_comes_back_from_either_place(pool: CpuPool) -> None:
         with pytest.raises(ValueError, match="no"):
             await pool.run(fail)
         with pytest.raises(ValueError, match="no"):
-            pool.run_here(fail)
+            await pool.run_here(FAR, fail)
+        (task,) = await fill_turn(pool, fail)
+        with pytest.raises(ValueError, match="no"):
+            await task
         assert pool._pending == 0
 
     asyncio.run(scenario())

@@ -155,6 +155,19 @@ def test_a_body_that_looks_like_a_request_behind_an_upgrade_is_a_body(
         assert wire.read_end() == b""
 
 
+def test_an_old_version_stays_one_behind_an_upgrade(service: RunningService) -> None:
+    with service.connect() as sock:
+        wire = Wire(sock)
+        # No Host, which HTTP/1.1 alone asks for; no second reply, for the connection ends.
+        wish = b"GET /livez HTTP/1.0\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+        wire.send(wish + b"GET /livez HTTP/1.0\r\n\r\n")
+
+        status, headers = wire.read_head()
+        assert status == 200
+        assert headers["connection"] == "close"
+        assert b"HTTP/" not in wire.read_end()
+
+
 # Bounds.
 
 
