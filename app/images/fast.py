@@ -36,8 +36,10 @@ def prepare_fast(image: RGBImage, spec: InputSpec, box: Box | None = None) -> Pi
     """Do what `prepare_image` does, fast; the same arguments and the same kind of result."""
     x, y, right, bottom = box or (0.0, 0.0, *image.size)
     size, (left, top) = layout((right - x, bottom - y), spec)
-    if size == image.size:
-        return prepare_image(image, spec)
+    # cykooz-resizer 4.0.1 reads outside the image when it enlarges a part of it: 275x160 to 224
+    # ends the process. Small images are cheap to enlarge with Pillow.
+    if size == image.size or size[0] > right - x or size[1] > bottom - y:
+        return prepare_image(image, spec, box)
     across, down = (right - x) / size[0], (bottom - y) / size[1]
     x, y = x + left * across, y + top * down
     # Rounding may leave the last column or row a hair outside, which is refused.

@@ -217,6 +217,19 @@ def test_fast_gives_the_exact_pixels_where_nothing_is_resized() -> None:
     np.testing.assert_array_equal(found, picture[:, 4:36])
 
 
+@pytest.mark.parametrize(
+    ("size", "spec"),
+    [
+        ((275, 160), InputSpec(size=224)),  # ended the process
+        ((43, 17), InputSpec(size=81, crop_pct=0.95)),
+        ((22, 15), InputSpec(size=92, crop_pct=0.875)),
+    ],
+)
+def test_fast_leaves_enlarging_to_pillow(size: tuple[int, int], spec: InputSpec) -> None:
+    image = RGBImage(Image.fromarray(noise(*size)))
+    np.testing.assert_array_equal(prepare_fast(image, spec), prepare_image(image, spec))
+
+
 def test_fast_in_several_threads_gives_each_its_own_image() -> None:
     spec = InputSpec(size=64)
     images = [RGBImage(Image.fromarray(noise(200, 150, seed=seed))) for seed in range(4)]
