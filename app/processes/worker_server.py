@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable
@@ -144,8 +143,8 @@ class WorkerServer(Server):
         """Finish what was admitted and go: nobody would start or end this process any more."""
         asyncio.get_running_loop().remove_reader(self._seat.life)
         log.error("the supervisor is gone: stopping")
-        self.handle_exit(signal.SIGTERM, None)
-        self.handle_exit(signal.SIGTERM, None)
+        self.state.draining = True
+        self.stop_without_delay()
         patience = self.state.settings.drain_timeout_s + GRACE_SECONDS
         last = threading.Timer(patience, os._exit, (1,))
         last.daemon = True

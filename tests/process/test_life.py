@@ -256,6 +256,19 @@ def test_sigterm_with_a_caller_stuck_in_its_body_leaves_within_the_timeout() -> 
             assert service.wait_exit(30) == 0
 
 
+def test_a_second_sigint_cuts_a_stuck_caller_off_without_an_error() -> None:
+    with service_process() as service:
+        url = httpx.URL(service.url)
+        with socket.create_connection((url.host, url.port or 0), timeout=20) as stuck:
+            stuck.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            assert httpx.get(f"{service.url}/livez", trust_env=False).is_success
+            service.process.send_signal(signal.SIGINT)
+            wait_until(lambda: not listens(service), "the port is closed")
+            service.process.send_signal(signal.SIGINT)
+            assert service.wait_exit(30) == 0
+        assert not [one for one in service.records if one["level"] == "error"]
+
+
 def test_log_lines_are_json_and_one_a_request() -> None:
     with service_process() as service:
         with httpx.Client(base_url=service.url, trust_env=False) as client:

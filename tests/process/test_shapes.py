@@ -238,6 +238,8 @@ def test_requests_in_flight_are_answered_when_the_supervisor_is_killed(shape: st
         url = httpx.URL(service.url)
         with socket.create_server((url.host, url.port or 0)):
             pass  # the port is free
+        said = [one["message"] for one in service.records]
+        assert not any("SIGTERM" in message for message in said), "nobody sent one"
 
 
 def test_a_start_that_fails_in_every_process_is_said_once(shape: str, tmp_path: Path) -> None:
