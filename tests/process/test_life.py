@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
@@ -267,6 +268,15 @@ def test_a_second_sigint_cuts_a_stuck_caller_off_without_an_error() -> None:
             service.process.send_signal(signal.SIGINT)
             assert service.wait_exit(30) == 0
         assert not [one for one in service.records if one["level"] == "error"]
+
+
+def test_too_few_descriptors_end_the_start_in_one_sentence() -> None:
+    command = [sys.executable, "-m", "app", "serve", "--workers", "2", "--backend", "fake"]
+    command = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh", *command, "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "cannot be started: [Errno 24]" in ended.stderr
+    assert "ulimit -n" in ended.stderr
 
 
 def test_log_lines_are_json_and_one_a_request() -> None:

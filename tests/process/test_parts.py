@@ -23,6 +23,7 @@ from app.processes import run_child as children
 from app.processes import shape as shapes
 from app.processes.acceptor import HOLD_BACK_SECONDS, Acceptor, lead_beyond_chance
 from app.processes.child import Child, delay_seconds, in_words
+from app.processes.metric_files import FIRST_BYTES, ReservedDict
 from app.processes.metrics_whole import children_seconds, whole_status
 from app.processes.roster import Roster
 from app.processes.runtime_folder import runtime_folder
@@ -201,6 +202,26 @@ def test_a_runtime_folder_is_made_in_the_next_place_where_one_cannot_be(tmp_path
         assert folder.startswith("/dev/shm/")
     with pytest.raises(StartupError, match="set TMPDIR"), runtime_folder(["/nowhere"]):
         pass
+
+
+def test_metrics_on_a_full_disk_stay_in_memory_and_end_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = ReservedDict(str(tmp_path / "counter_worker-0.db"))
+    kept.write_value("early", 1.0, 0.0)
+    assert os.stat(tmp_path / "counter_worker-0.db").st_blocks * 512 >= FIRST_BYTES
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for number in range(3):
+        kept.write_value(f"{number}" * 30_000, float(number), 0.0)
+    kept.write_value("early", 2.0, 0.0)
+    assert kept.read_value("early") == (2.0, 0.0)
+    assert kept.read_value("2" * 30_000) == (2.0, 0.0)
+    kept.close()  # type: ignore[no-untyped-call]
+    with pytest.raises(StartupError, match="is full"):
+        ReservedDict(str(tmp_path / "counter_worker-1.db"))
 
 
 def test_a_roster_shows_another_process_who_there_is() -> None:
