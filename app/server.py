@@ -53,10 +53,16 @@ class Server(uvicorn.Server):
         """Stop without a drain, from any thread."""
         self.should_exit = True
 
+    def stop_without_delay(self) -> None:
+        """Begin to drain at the next tick."""
+        self._stop_at = time.monotonic()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Turn readiness off and take note of the signal; `on_tick` does the rest."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
+            # What is cut off now is reported as an error of the framework; it was asked for.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         first = not self.state.draining
         self.state.draining = True
         self._signals.append((signal.Signals(sig), first))
@@ -89,5 +95,5 @@ class Server(uvicorn.Server):
             self._stop_at = time.monotonic() + delay
             log.info("%s: unready, serving for %g s more, then stopping", sig.name, delay)
         else:
-            self._stop_at = time.monotonic()
+            self.stop_without_delay()
             log.info("%s: stopping", sig.name)

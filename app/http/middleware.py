@@ -12,7 +12,7 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import DRAINING, Draining
+from app.errors import DRAINING, Draining, NotReady
 from app.http.caller import caller_of
 from app.http.context import PROBES, RequestContext, new_context
 from app.http.errors import answer_fault, error_response
@@ -86,7 +86,8 @@ class ObserveRequests:
         seconds = time.monotonic() - context.started_at
         route = getattr(scope.get("route"), "path", "unmatched")
         self._state.metrics.observe_request(route, status, seconds)
-        level = logging.DEBUG if route in _QUIET_ROUTES and status < 400 else logging.INFO
+        as_it_should = status < 400 or context.error_code == NotReady.code  # it still loads
+        level = logging.DEBUG if route in _QUIET_ROUTES and as_it_should else logging.INFO
         if access_log.isEnabledFor(level):
             access_log.log(
                 level, "request", extra={"fields": _fields(scope, context, status, seconds)}

@@ -26,6 +26,9 @@ from app.http.heads import MAX_HEAD_BYTES, MAX_HEADERS, MAX_URL_BYTES, BadHead, 
 
 access_log = logging.getLogger("metaserve.access")
 
+# For the first request of a connection that was made just before the server stops.
+FIRST_REQUEST_SECONDS = 0.5
+
 
 class PatientProtocol(HttpToolsProtocol):
     """One connection.
@@ -44,6 +47,7 @@ class PatientProtocol(HttpToolsProtocol):
     _in_head = True  # the next byte belongs to a head
     _heads = 0  # that were complete
     _head_bytes = 0  # of reads that held nothing else
+    _awaits_first = False  # the server stops, and no request has come yet
     _ended = False  # nothing that comes now is a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -136,7 +140,14 @@ class PatientProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """Close when the server stops: at once where nothing is under way."""
+        """Close when the server stops: at once where nothing is under way.
+
+        A first request may be on its way: to close now would reset the connection.
+        """
+        if self._heads == 0 and not self._awaits_first:
+            self._awaits_first = True
+            self.loop.call_later(FIRST_REQUEST_SECONDS, self.shutdown)
+            return
         super().shutdown()
         self._watch()
 

@@ -20,7 +20,7 @@ from app.engine.board import Board
 from app.engine.host import EngineHost
 from app.engine.shelf import ProfileShelf
 from app.metrics import Metrics
-from app.processes.metrics_whole import keep_values_in_files
+from app.processes.metric_files import keep_values_in_files
 from app.processes.run_child import run_child
 from app.processes.seat import Seat
 from app.settings import Settings

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, values
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -22,15 +22,6 @@ from app.processes.roster import Roster
 
 # What one process has least of counts for all; anything else of `process_*` is a sum.
 LEAST = ("process_max_fds", "process_start_time_seconds")
-
-
-def keep_values_in_files(name: str) -> None:
-    """Let the values of metrics that are made from now on be seen by all processes.
-
-    Args:
-        name: of this process; one that is started again has the same.
-    """
-    values.ValueClass = values.MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
 
 
 def whole_registry(folder: str, board: Board, roster: Roster) -> CollectorRegistry:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from app.errors import StartupError
 # A unix socket's path holds 107 bytes on Linux, 103 on macOS.
 LONGEST_PATH = 90
 SHARED_MEMORY = "/dev/shm"
+# Each process has three files of 64 KiB, and rarely more.
+ROOM_BYTES = 8 << 20
 
 
 @contextmanager
@@ -21,7 +24,7 @@ def runtime_folder(places: Sequence[str] | None = None) -> Iterator[str]:
     One that a killed service left behind is never used again.
 
     Args:
-        places: to try in turn; the temporary directory, then /dev/shm, when None.
+        places: to try in turn; /dev/shm and the temporary directory when None.
 
     Raises:
         StartupError: none of them can be written.
@@ -48,7 +51,18 @@ def _make(places: Sequence[str]) -> str:
 
 
 def _usual_places() -> Sequence[str]:
+    """Return memory before a disk, which others fill, unless somebody has chosen."""
     try:
-        return tempfile.gettempdir(), SHARED_MEMORY
+        disk = tempfile.gettempdir()
     except FileNotFoundError:
         return (SHARED_MEMORY,)
+    if "TMPDIR" in os.environ or not _has_room(SHARED_MEMORY):
+        return disk, SHARED_MEMORY
+    return SHARED_MEMORY, disk
+
+
+def _has_room(place: str) -> bool:
+    try:
+        return shutil.disk_usage(place).free >= ROOM_BYTES
+    except OSError:
+        return False

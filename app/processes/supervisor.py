@@ -10,6 +10,7 @@ pipe: when the supervisor is killed they read its end, finish what they have, an
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -42,6 +44,8 @@ log = logging.getLogger("metaserve.supervisor")
 # each. The engine process ends last; nobody waits for it any more.
 GRACE_SECONDS = 5.0
 LAST_SECONDS = 0.5
+# Before the service was first ready: nothing that it has would be freed by waiting.
+MOST_FAILED_STARTS = 3
 WORKER, ENGINE = "app.processes.worker", "app.processes.engine_process"
 
 
@@ -105,6 +109,7 @@ class Supervisor:
         self._end_by = math.inf
         self._kill_at: dict[str, float] = {}
         self._failure: str | None = None
+        self._failed_starts: Counter[str] = Counter()
         # Both ends stay open here; the reading ends, inherited, show when all writers are gone.
         self._life = os.pipe()
         self._engine_life = os.pipe()
@@ -232,8 +237,13 @@ class Supervisor:
     def _start(self, child: Child) -> None:
         try:
             pid = child.start()
-        except OSError as error:  # no memory, no process ids left
+        except OSError as error:  # no memory, no process ids, no descriptors left
             seconds = child.forget()
+            self._failed_starts[child.name] += 1
+            if not self._is_announced and self._failed_starts[child.name] >= MOST_FAILED_STARTS:
+                self._failure = f"{child.name} cannot be started: {error}; {_what_to_raise(error)}"
+                self._stop(signal.SIGINT)
+                return
             log.error("%s cannot be started (%s); again in %g s", child.name, error, seconds)
             return
         self.roster.enter(child.seat.row, pid)
@@ -265,6 +275,8 @@ class Supervisor:
             return
         self.roster.count_restart(child.seat.row)
         reason = f": {child.failure}" if child.failure else ""
+        if code == -signal.SIGBUS:
+            reason = f"; is the disk of {self._folder} full?"
         log.error("%s %s%s; starting it again in %g s", child.name, in_words(code), reason, seconds)
 
     def _end_engine_last(self) -> None:
@@ -281,3 +293,9 @@ class Supervisor:
             dues += [child.due_at for child in self._children if child.pid is None]
         first = min(dues, default=math.inf)
         return max(first - time.monotonic(), 0.0) if first < math.inf else None
+
+
+def _what_to_raise(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files (ulimit -n), or set fewer METASERVE_WORKERS"
+    return "allow more memory and processes, or set fewer METASERVE_WORKERS"

@@ -14,7 +14,8 @@ from app.http.app import create_app
 from app.http.state import LoadedModel
 from app.main import build_state, load_and_run, load_model, show_model
 from app.metrics import Metrics
-from app.processes.metrics_whole import keep_values_in_files, whole_registry
+from app.processes.metric_files import keep_values_in_files
+from app.processes.metrics_whole import whole_registry
 from app.processes.roster import Roster
 from app.processes.run_child import run_child
 from app.processes.seat import Seat

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import threading
 from collections.abc import Awaitable, Callable
@@ -17,7 +16,7 @@ from app.engine.base import EngineStatus
 from app.engine.board import Board
 from app.http.state import ServiceState
 from app.metrics import with_wait
-from app.processes.acceptor import Acceptor
+from app.processes.acceptor import Acceptor, lead_beyond_chance
 from app.processes.roster import Roster
 from app.processes.seat import Seat
 from app.server import Server
@@ -85,9 +84,9 @@ class WorkerServer(Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Cease to accept, then as any server."""
+        """Serve the callers that were let in, cease to accept, then as any server."""
         if self._acceptor is not None:
-            self._acceptor.close()
+            await self._acceptor.close()
         if self._starting is not None:
             self._starting.cancel()
         beating = asyncio.create_task(self._beat())  # the drain may take long: keep publishing
@@ -111,9 +110,9 @@ class WorkerServer(Server):
         return not self._others_ready()
 
     def _lead(self) -> int:
-        """Return how many connections more this process has than one that could take the next."""
+        """Return how far this process is ahead of one that could take the next connection."""
         counts = [self._roster.connections(row) for row in self._others_ready()]
-        return self._connections() - min(counts) if counts else 0
+        return lead_beyond_chance(self._connections(), min(counts)) if counts else 0
 
     def _others_ready(self) -> list[int]:
         """Return the other workers that are ready, and not stuck since."""
@@ -144,8 +143,8 @@ class WorkerServer(Server):
         """Finish what was admitted and go: nobody would start or end this process any more."""
         asyncio.get_running_loop().remove_reader(self._seat.life)
         log.error("the supervisor is gone: stopping")
-        self.handle_exit(signal.SIGTERM, None)
-        self.handle_exit(signal.SIGTERM, None)
+        self.state.draining = True
+        self.stop_without_delay()
         patience = self.state.settings.drain_timeout_s + GRACE_SECONDS
         last = threading.Timer(patience, os._exit, (1,))
         last.daemon = True

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from app.engine.base import EngineStatus
 from tests.http.wire import Wire, best_classes, check_error, grey, http, parts
-from tests.servers import WAIT_SECONDS, RunningService, WatchedBackend, running_service
+from tests.servers import WAIT_SECONDS, RunningService, WatchedBackend, running_service, wait_until
 
 Ask = Callable[[RunningService, bytes], "Future[httpx.Response]"]
 
@@ -575,3 +575,20 @@ def test_the_server_lives_after_all_that(service: RunningService) -> None:
     assert best_classes([reply.json()]) == [9]
     metrics = service.client.get("/metrics").text
     assert 'status="500"' not in metrics
+
+
+# The end of the service.
+
+
+def test_a_connection_made_just_before_the_end_may_send_its_first_request() -> None:
+    with running_service() as service, service.connect() as early, service.connect() as silent:
+        service.wait_until(
+            lambda: len(service.server.server_state.connections) >= 3, "they are accepted"
+        )
+        service.server.stop()
+        wait_until(lambda: service.state.draining, "it stops")
+        early.sendall(http("POST", "/classify", grey(0)))
+        answer = b"".join(iter(lambda: early.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"connection: close" in answer
+        assert silent.recv(1) == b"", "it is closed, not reset"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import threading
@@ -238,3 +239,11 @@ def test_metrics_are_served_apart_on_a_port_of_their_own() -> None:
         "metaserve_request_duration_seconds_count"
     ]
     assert "metaserve_model_info" in samples
+
+
+def test_polls_while_the_model_loads_are_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    with running_service(loaded=False) as service, caplog.at_level(logging.INFO):
+        assert service.client.get("/readyz").status_code == 503
+        assert [one for one in caplog.records if one.name == "metaserve.access"] == []
+        assert service.client.get("/nothing").status_code == 404
+        assert [one for one in caplog.records if one.name == "metaserve.access"] != []

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
@@ -254,6 +255,28 @@ def test_sigterm_with_a_caller_stuck_in_its_body_leaves_within_the_timeout() -> 
             assert httpx.get(f"{service.url}/livez", trust_env=False).is_success
             service.process.send_signal(signal.SIGTERM)
             assert service.wait_exit(30) == 0
+
+
+def test_a_second_sigint_cuts_a_stuck_caller_off_without_an_error() -> None:
+    with service_process() as service:
+        url = httpx.URL(service.url)
+        with socket.create_connection((url.host, url.port or 0), timeout=20) as stuck:
+            stuck.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            assert httpx.get(f"{service.url}/livez", trust_env=False).is_success
+            service.process.send_signal(signal.SIGINT)
+            wait_until(lambda: not listens(service), "the port is closed")
+            service.process.send_signal(signal.SIGINT)
+            assert service.wait_exit(30) == 0
+        assert not [one for one in service.records if one["level"] == "error"]
+
+
+def test_too_few_descriptors_end_the_start_in_one_sentence() -> None:
+    command = [sys.executable, "-m", "app", "serve", "--workers", "2", "--backend", "fake"]
+    command = ["sh", "-c", 'ulimit -n 20; exec "$@"', "sh", *command, "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "cannot be started: [Errno 24]" in ended.stderr
+    assert "ulimit -n" in ended.stderr
 
 
 def test_log_lines_are_json_and_one_a_request() -> None:

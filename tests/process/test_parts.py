@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from app.errors import StartupError
 from app.logs import whole_lines
 from app.processes import run_child as children
 from app.processes import shape as shapes
-from app.processes.acceptor import Acceptor
+from app.processes.acceptor import HOLD_BACK_SECONDS, Acceptor, lead_beyond_chance
 from app.processes.child import Child, delay_seconds, in_words
+from app.processes.metric_files import FIRST_BYTES, ReservedDict
 from app.processes.metrics_whole import children_seconds, whole_status
 from app.processes.roster import Roster
 from app.processes.runtime_folder import runtime_folder
@@ -202,6 +204,26 @@ def test_a_runtime_folder_is_made_in_the_next_place_where_one_cannot_be(tmp_path
         pass
 
 
+def test_metrics_on_a_full_disk_stay_in_memory_and_end_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept = ReservedDict(str(tmp_path / "counter_worker-0.db"))
+    kept.write_value("early", 1.0, 0.0)
+    assert os.stat(tmp_path / "counter_worker-0.db").st_blocks * 512 >= FIRST_BYTES
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for number in range(3):
+        kept.write_value(f"{number}" * 30_000, float(number), 0.0)
+    kept.write_value("early", 2.0, 0.0)
+    assert kept.read_value("early") == (2.0, 0.0)
+    assert kept.read_value("2" * 30_000) == (2.0, 0.0)
+    kept.close()  # type: ignore[no-untyped-call]
+    with pytest.raises(StartupError, match="is full"):
+        ReservedDict(str(tmp_path / "counter_worker-1.db"))
+
+
 def test_a_roster_shows_another_process_who_there_is() -> None:
     with closing(Roster.create(workers=2, rows=3)) as roster:
         roster.enter(0, 111)
@@ -272,13 +294,68 @@ def test_an_acceptor_holds_back_while_ahead_and_takes_what_is_left() -> None:
                 else:
                     for _ in range(100):
                         await asyncio.sleep(0)
-            acceptor.close()
+            await acceptor.close()
         return taken
 
     assert len(asyncio.run(connect_while(0, True))) == 1
     (ahead,) = asyncio.run(connect_while(3, True))
     assert ahead >= 0.003, "it did not hold back"
     assert asyncio.run(connect_while(0, False)) == []
+
+
+def test_an_acceptor_takes_in_portions_what_nobody_else_takes() -> None:
+    async def hold_backs(connections: int) -> int:
+        """Return how often a process that is always ahead holds back."""
+        loop = asyncio.get_running_loop()
+        with socket.create_server(("127.0.0.1", 0), backlog=connections) as listener:
+            listener.setblocking(False)
+            all_taken = asyncio.Event()
+            taken = []
+
+            def count() -> None:
+                taken.append(loop.time())
+                if len(taken) == connections:
+                    all_taken.set()
+
+            callers = [socket.create_connection(listener.getsockname()) for _ in range(connections)]
+            acceptor = Acceptor(listener, Taken, lambda: True, lambda: 1, count)
+            acceptor.update()
+            await asyncio.wait_for(all_taken.wait(), WAIT_SECONDS)
+            await acceptor.close()
+            for caller in callers:
+                caller.close()
+        gaps = [after - before for before, after in pairwise(taken)]
+        return sum(gap >= HOLD_BACK_SECONDS for gap in gaps)
+
+    assert asyncio.run(hold_backs(62)) <= 5, "2 + 4 + 8 + 16 + 16 + 16 are enough for 62"
+
+
+def test_a_lead_is_chance_where_it_is_small() -> None:
+    assert lead_beyond_chance(2, 0) == 0
+    assert lead_beyond_chance(3, 0) == 1
+    assert lead_beyond_chance(320, 300) == 0
+    assert lead_beyond_chance(321, 300) == 1
+
+
+def test_an_acceptor_that_ends_takes_those_who_were_let_in() -> None:
+    async def served() -> int:
+        made = []
+
+        def protocol() -> asyncio.Protocol:
+            made.append(Taken())
+            return made[-1]
+
+        with socket.create_server(("127.0.0.1", 0), backlog=20) as listener:
+            listener.setblocking(False)
+            acceptor = Acceptor(listener, protocol, lambda: True, lambda: 1, lambda: None)
+            acceptor.update()
+            callers = [socket.create_connection(listener.getsockname()) for _ in range(20)]
+            await asyncio.wait_for(acceptor.close(), WAIT_SECONDS)
+            for caller in callers:
+                caller.close()
+        return len(made)
+
+    assert asyncio.run(served()) == 20
 
 
 def test_log_lines_go_out_whole_in_pieces_that_a_pipe_takes_at_once() -> None:

@@ -7,7 +7,9 @@ import json
 import shutil
 import signal
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +206,40 @@ def test_sigterm_drains_every_process_and_leaves_nothing(shape: str, tmp_path: P
     assert set(ends) == WORKERS
 
 
+def test_callers_that_reconnect_through_sigterm_are_answered_or_refused(shape: str) -> None:
+    answers: Counter[str] = Counter()
+
+    def call_until_refused(service: ServiceProcess) -> None:
+        while True:
+            try:
+                caller = Caller(service)
+            except ConnectionRefusedError:
+                answers["refused"] += 1
+                return
+            try:
+                answers[str(caller.classify()[0])] += 1
+            except OSError as error:
+                answers[type(error).__name__] += 1
+            finally:
+                caller.close()
+
+    with service_process(PAIR | SHAPES[shape] | {"METASERVE_DRAIN_DELAY_S": "0.3"}) as service:
+        threads = [
+            threading.Thread(target=call_until_refused, args=(service,), daemon=True)
+            for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: answers["200"] >= 20, "callers are answered")
+        service.process.send_signal(signal.SIGTERM)
+        assert service.wait_exit() == 0
+        for thread in threads:
+            thread.join(20)
+
+    assert answers.pop("refused") == 8, answers
+    assert set(answers) <= {"200", "503"}, answers
+
+
 def test_requests_in_flight_are_answered_when_the_supervisor_is_killed(shape: str) -> None:
     env = PAIR | SHAPES[shape] | {"METASERVE_FAKE_BATCH_MS": "100"}
     with service_process(env) as service:
@@ -222,6 +258,8 @@ def test_requests_in_flight_are_answered_when_the_supervisor_is_killed(shape: st
         url = httpx.URL(service.url)
         with socket.create_server((url.host, url.port or 0)):
             pass  # the port is free
+        said = [one["message"] for one in service.records]
+        assert not any("SIGTERM" in message for message in said), "nobody sent one"
 
 
 def test_a_start_that_fails_in_every_process_is_said_once(shape: str, tmp_path: Path) -> None:
