@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.errors import BadRequest, DeadlineExceeded, Refused, ServiceError
+from app.errors import BadRequest, DeadlineExceeded, Overloaded, Refused, ServiceError
 from app.http.context import RequestContext
 from app.http.inputs import Item
 from app.http.state import LoadedModel, ServiceState
@@ -63,7 +63,20 @@ class Pipeline:
         pool = self._state.pool
         pool.check_admission(self._deadline)
         ahead_seconds = self._lag_seconds + pool.ahead_seconds()
-        self._model.engine.check_admission(self._deadline, ahead_seconds=ahead_seconds)
+        try:
+            self._model.engine.check_admission(self._deadline, ahead_seconds=ahead_seconds)
+        except Overloaded:
+            if not self._is_idle():
+                raise
+
+    def _is_idle(self) -> bool:
+        """Tell whether nobody else is here.
+
+        What is predicted keeps nobody from an idle service: after a few slow images nothing else
+        could teach it that others are fast.
+        """
+        status = self._model.engine.status()
+        return self._state.pool.is_idle and not status.queue_depth and not status.in_flight
 
     async def answer_one(self, item: Item) -> Answered:
         """Answer the image of a request that holds no other.

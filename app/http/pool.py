@@ -65,6 +65,11 @@ class CpuPool:
         """Return how long a job that came now would take with its wait."""
         return self.wait_seconds() + self._mean_seconds
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self._pending and not self._waiting_here
+
     def check_admission(self, deadline: float) -> None:
         """Refuse a job that would wait too long.
 
@@ -79,7 +84,7 @@ class CpuPool:
         if time_left <= 0:
             raise DeadlineExceeded(LATE)
         excess = self.wait_seconds() - min(self._budget_seconds, time_left)
-        if excess > 0 and (self._pending or self._waiting_here):
+        if excess > 0 and not self.is_idle:
             raise _overloaded(excess)
 
     async def run_here(

@@ -208,6 +208,14 @@ def test_decoding_and_the_wait_for_a_batch_are_one_estimate() -> None:
         assert wire.read_reply().status_code == 200
 
 
+def test_an_idle_service_tries_whatever_it_expects_of_decoding() -> None:
+    with running_service(queue_budget_ms=300) as service:
+        service.state.pool._mean_seconds = 60.0
+        for headers in ({}, {"X-Request-Timeout-Ms": "5000"}):
+            reply = service.client.post("/classify", content=grey(0), headers=headers)
+            assert reply.status_code == 200, reply.text
+
+
 def _multipart(images: list[bytes]) -> bytes:
     part = b"--XX\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n%b\r\n"
     body = b"".join(part % image for image in images) + b"--XX--\r\n"

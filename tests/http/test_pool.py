@@ -40,6 +40,7 @@ async def until_waiting(pool: CpuPool, jobs: int) -> None:
 def test_an_idle_pool_admits_whatever_it_believes(pool: CpuPool) -> None:
     learn(pool, 60.0)
 
+    assert pool.is_idle
     assert asyncio.run(pool.run_admitted(time.monotonic() + 1, lambda: 7)) == 7
 
 
