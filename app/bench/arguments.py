@@ -84,7 +84,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
-    """Measure and print; 1 when not one reply was good, 130 when interrupted.
+    """Measure and print; 1 without a good reply or a service at the end, 130 when interrupted.
 
     Raises:
         StartupError: the URL, an image or the file of figures cannot be used.
@@ -110,7 +110,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         arguments.json.write_bytes(figures)
     if recording.interrupted:
         return INTERRUPTED
-    return 0 if summary.good else 1
+    return 0 if summary.good and summary.stopped_at is None else 1
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -102,7 +102,7 @@ def _offsets(
 
 
 def parse_url(url: str, route: str) -> Target:
-    """Read a base URL.
+    """Read a base URL; one that ends in a route is taken without it.
 
     Raises:
         StartupError: it is none that requests can be sent to.
@@ -115,7 +115,10 @@ def parse_url(url: str, route: str) -> Target:
     if parts.scheme not in ("http", "https") or not host:
         raise StartupError(f"{url!r} is no URL of a service; give one like http://localhost:8000")
     tls = parts.scheme == "https"
-    return Target(host, port or (443 if tls else 80), tls, f"{parts.path.rstrip('/')}/{route}")
+    base = parts.path.rstrip("/")
+    for known in get_args(Route):
+        base = base.removesuffix(f"/{known}")
+    return Target(host, port or (443 if tls else 80), tls, f"{base}/{route}")
 
 
 def build_request(target: Target, body: bytes, headers: Mapping[str, str]) -> bytes:

@@ -132,6 +132,8 @@ class Summary:
         cpu_share: of one core, for each of the generator's processes.
         held_back: requests that waited because `max_connections` were busy.
         unfinished: under way when the run was interrupted.
+        stopped_at: seconds from the start of the last good reply, where nobody could connect after
+            it; None where the service was there to the end.
         notes: sentences about the generator being the limit; none where it was not.
     """
 
@@ -141,6 +143,7 @@ class Summary:
     cpu_share: float
     held_back: int
     unfinished: int
+    stopped_at: float | None
     notes: list[str]
 
     @property
@@ -162,6 +165,7 @@ def summarise(recording: Recording, plan: Plan, processes: int = 1) -> Summary:
         phases.append(_phase(recording, rate, begin, until))
     total = len(recording.outcomes)
     cpu_share = recording.cpu_seconds / max(recording.wall_seconds, 1e-9) / processes
+    stopped_at = _stopped_at(recording)
     return Summary(
         phases=phases,
         retry_after={
@@ -172,7 +176,8 @@ def summarise(recording: Recording, plan: Plan, processes: int = 1) -> Summary:
         cpu_share=cpu_share,
         held_back=recording.held_back,
         unfinished=recording.unfinished,
-        notes=list(_notes(recording, phases, cpu_share)),
+        stopped_at=stopped_at,
+        notes=list(_notes(recording, phases, cpu_share, stopped_at)),
     )
 
 
@@ -226,7 +231,22 @@ def _latency(milliseconds: NDArray[np.float64]) -> Latency:
     return Latency(len(milliseconds), float(milliseconds.mean()), {**named, "max": largest})
 
 
-def _notes(recording: Recording, phases: list[Phase], cpu_share: float) -> Iterable[str]:
+def _stopped_at(recording: Recording) -> float | None:
+    ended = np.frombuffer(recording.ended, np.float64)
+    outcomes = np.frombuffer(recording.outcomes, np.int32)
+    names = recording.names
+    last_good = ended[np.isin(outcomes, [names[name] for name in names if is_good(name)])]
+    last_failed = ended[outcomes == names.get("cannot connect", -1)]
+    if not len(last_good) or not len(last_failed) or last_failed.max() < last_good.max():
+        return None
+    return float(last_good.max())
+
+
+def _notes(
+    recording: Recording, phases: list[Phase], cpu_share: float, stopped_at: float | None
+) -> Iterable[str]:
+    if stopped_at is not None:
+        yield f"the service was gone after {stopped_at:.1f} s: nobody could connect any more"
     if cpu_share > 0.85:
         yield (
             f"the generator itself was the limit: it was busy {cpu_share:.0%} of the time; "

@@ -66,7 +66,8 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
         variables: METASERVE_ names -> values, for every server that is started.
 
     Raises:
-        StartupError: an image cannot be read, or no configuration starts at all.
+        StartupError: an image cannot be read, the results could not be written, or no configuration
+            starts at all.
     """
     import functools
     import os
@@ -77,6 +78,7 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
     from app.tune.search import sweep
     from app.tune.service import serving
 
+    _check_writable(arguments.out)
     target = parse_url("http://127.0.0.1", "classify")
     requests = tuple(build_request(target, body, {}) for body in read_bodies(arguments.image))
     os.environ.update(variables)
@@ -102,6 +104,20 @@ def run_tune(arguments: argparse.Namespace, variables: dict[str, str]) -> int:
     else:
         print("for the plot, install metaserve[bench] and run it again", file=sys.stderr)
     return _conclude(found, paths)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that could not take the results, before minutes are spent on them."""
+    import tempfile
+
+    from app.errors import StartupError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StartupError(f"--out {folder} cannot be written: {error.strerror}") from error
 
 
 def _conclude(found: Sweep, paths: list[Path]) -> int:

@@ -179,6 +179,22 @@ def test_recordings_of_two_generators_are_joined_by_name() -> None:
     assert summary.retry_after["503 overloaded"] == {"count": 2, "least": 2, "most": 5}
 
 
+def test_a_service_that_is_gone_at_the_end_is_said_to_be() -> None:
+    run = Recording(wall_seconds=1.0)
+    run.add(0.1, 0.1, 0.2, "200")
+    run.add(0.3, 0.3, 0.3, "cannot connect")
+    summary = summarise(run, plan("http://x"))
+    assert summary.stopped_at == 0.2
+    assert any("gone after 0.2 s" in note for note in summary.notes)
+    run.add(0.4, 0.4, 0.5, "200")  # it came back
+    assert summarise(run, plan("http://x")).stopped_at is None
+
+
+@pytest.mark.parametrize("url", ["http://x:1/", "http://x:1/classify", "http://x:1/embed/"])
+def test_a_route_in_the_url_is_not_asked_for_twice(url: str) -> None:
+    assert parse_url(url, "embed").path == "/embed"
+
+
 def test_the_command_sends_what_was_asked_and_writes_its_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,16 @@ def test_a_service_that_cannot_start_is_one_sentence_and_exit_code_2(tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    done = tune(tmp_path / "file/out", "--slo", "p99=50ms")
+    assert done.returncode == 2
+    assert done.stderr.startswith("metaserve: --out ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_no_server_behind_and_keeps_what_was_measured(
     tmp_path: Path, number: signal.Signals
