@@ -60,21 +60,20 @@ class Pipeline:
             Refused: too much waits already, or the engine closes.
             DeadlineExceeded: the deadline has passed.
         """
-        pool = self._state.pool
+        pool, engine = self._state.pool, self._model.engine
         pool.check_admission(self._deadline)
         ahead_seconds = self._lag_seconds + pool.ahead_seconds()
         try:
-            self._model.engine.check_admission(self._deadline, ahead_seconds=ahead_seconds)
+            engine.check_admission(self._deadline, ahead_seconds=ahead_seconds)
         except Overloaded:
             if not self._is_idle():
                 raise
+            # What is expected of decoding keeps nobody from an idle service: after a few slow
+            # images nothing else could teach it that others are fast.
+            engine.check_admission(self._deadline, ahead_seconds=self._lag_seconds)
 
     def _is_idle(self) -> bool:
-        """Tell whether nobody else is here.
-
-        What is predicted keeps nobody from an idle service: after a few slow images nothing else
-        could teach it that others are fast.
-        """
+        """Tell whether no image is in hand."""
         status = self._model.engine.status()
         return self._state.pool.is_idle and not status.queue_depth and not status.in_flight
 
