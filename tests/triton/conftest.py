@@ -31,3 +31,4 @@ def mortal(tmp_path: Path) -> Iterator[TritonServer]:
     repository.add(MODEL)
     with triton_server(tmp_path, repository) as running:
         yield running
+        print(running.log[-3000:])  # pytest shows it where the test failed

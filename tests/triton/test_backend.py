@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,9 @@ from app.types import Batch, Rows
 from models.golden import golden_images
 from models.package import Package, PackageError, open_package, sha256_file
 from tests.servers import EMBEDDED, wait_until
+from tests.triton.relay import PATIENCE_SECONDS, Relay
 from tests.triton.server import Repository, TritonServer, free_port
 from tests.triton.shared import GATED, MAX_BATCH_SIZE, MODEL, gate
-
-PATIENCE_SECONDS = 30.0
 
 
 @contextmanager
@@ -623,64 +622,3 @@ def test_closing_ends_a_run_that_hangs(gated: TritonBackend, images: Batch) -> N
         gated.close()
         assert isinstance(running.exception(PATIENCE_SECONDS), BackendUnavailable)
         assert "triton" not in {one.name for one in threading.enumerate()}
-
-
-class Relay:
-    """Passes bytes between its own port and another one, until it cuts them off."""
-
-    def __init__(self, port: int) -> None:
-        self._target = ("127.0.0.1", port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = []
-        self._swallowed: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
-        self._spawn(self._accept)
-
-    @property
-    def url(self) -> str:
-        return f"127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def cut(self) -> None:
-        """End every connection there is; new ones may come."""
-        while self._sockets:
-            one = self._sockets.pop()
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def swallow(self) -> None:
-        """Drop what comes on the connections there are, and say nothing; new ones pass."""
-        self._swallowed.update(self._sockets)
-
-    def __enter__(self) -> Relay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join(PATIENCE_SECONDS)
-            assert not thread.is_alive()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._target, timeout=PATIENCE_SECONDS)
-                far.settimeout(None)
-                self._sockets += [near, far]
-                self._spawn(lambda a=near, b=far: self._pass(a, b))
-                self._spawn(lambda a=far, b=near: self._pass(a, b))
-
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                if source not in self._swallowed:
-                    target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-
-    def _spawn(self, work: Any) -> None:
-        thread = threading.Thread(target=work, name="relay", daemon=True)
-        self._threads.append(thread)
-        thread.start()
