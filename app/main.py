@@ -17,6 +17,7 @@ from app.engine.local import LocalEngine
 from app.engine.shelf import ProfileShelf
 from app.errors import StartupError
 from app.first_use import locate_package
+from app.garbage import keep_all_for_good
 from app.http.app import create_app
 from app.http.pool import CpuPool
 from app.http.state import LoadedModel, ServiceState
@@ -78,7 +79,9 @@ def load_and_run(
 
     def load_then_announce() -> None:
         try:
-            server.state.loaded = load()
+            loaded = load()
+            keep_all_for_good()
+            server.state.loaded = loaded
         except (StartupError, PackageError) as error:
             failures.append(str(error))
         except Exception as error:

@@ -18,6 +18,7 @@ PLAN = {
     "app.cpu": set[str](),
     "app.signals": set[str](),
     "app.ending": set[str](),
+    "app.garbage": set[str](),
     "app.logs": set[str](),
     "app.settings": {"app.errors"},
     "app.settings_page": {"app.settings"},

@@ -19,6 +19,7 @@ from app.assemble import open_core
 from app.engine.board import Board
 from app.engine.host import EngineHost
 from app.engine.shelf import ProfileShelf
+from app.garbage import keep_all_for_good
 from app.metrics import Metrics
 from app.processes.metric_files import keep_values_in_files
 from app.processes.run_child import run_child
@@ -53,6 +54,7 @@ def serve(settings: Settings, seat: Seat) -> None:
     hosts.append(host)
     signal.signal(signal.SIGTERM, lambda *_: host.stop())
     signal.signal(signal.SIGINT, lambda *_: host.stop())
+    keep_all_for_good()
     seat.report_ready()
     host.serve()
 

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from app.errors import StartupError
+
+log = logging.getLogger("metaserve.supervisor")
 
 # A unix socket's path holds 107 bytes on Linux, 103 on macOS.
 LONGEST_PATH = 90
 SHARED_MEMORY = "/dev/shm"
 # Each process has three files of 64 KiB, and rarely more.
 ROOM_BYTES = 8 << 20
+PREFIX = "metaserve."
+LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class RuntimeFolder:
+    """The directory, and what keeps it.
+
+    Attributes:
+        path: of the directory.
+        lock: a descriptor; nobody removes the directory while a process has it.
+    """
+
+    path: str
+    lock: int
 
 
 @contextmanager
-def runtime_folder(places: Sequence[str] | None = None) -> Iterator[str]:
+def runtime_folder(places: Sequence[str] | None = None) -> Iterator[RuntimeFolder]:
     """Make the directory, readable by this user alone, and remove it at the end.
 
-    One that a killed service left behind is never used again.
+    Those that killed services left behind go as well.
 
     Args:
         places: to try in turn; /dev/shm and the temporary directory when None.
@@ -29,19 +49,57 @@ def runtime_folder(places: Sequence[str] | None = None) -> Iterator[str]:
     Raises:
         StartupError: none of them can be written.
     """
-    folder = _make(_usual_places() if places is None else places)
+    places = _usual_places() if places is None else places
+    for place in places:
+        _sweep(place)
+    path = _make(places)
+    lock = _lock(path)
     try:
-        yield folder
+        yield RuntimeFolder(path, lock)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: str) -> int:
+    """Lock the directory before anybody can find its lock free."""
+    unseen = os.path.join(folder, f"{LOCK}.new")
+    lock = os.open(unseen, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(unseen, os.path.join(folder, LOCK))
+    return lock
+
+
+def _sweep(place: str) -> None:
+    """Remove what services of this user left when they were killed."""
+    with suppress(OSError), os.scandir(place) as entries:
+        for entry in entries:
+            if not entry.name.startswith(PREFIX) or not entry.is_dir(follow_symlinks=False):
+                continue
+            with suppress(OSError):
+                if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and _is_left(entry):
+                    shutil.rmtree(entry.path)
+                    log.info("removed %s, which a killed service had left", entry.path)
+
+
+def _is_left(entry: os.DirEntry[str]) -> bool:
+    """Return whether a directory has a lock that no process holds."""
+    lock = os.open(os.path.join(entry.path, LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
 
 
 def _make(places: Sequence[str]) -> str:
     for place in places:
-        if len(place) > LONGEST_PATH - len("/metaserve.12345678/engine"):
+        if len(place) > LONGEST_PATH - len(f"/{PREFIX}12345678/engine"):
             continue
         try:
-            return tempfile.mkdtemp(prefix="metaserve.", dir=place)
+            return tempfile.mkdtemp(prefix=PREFIX, dir=place)
         except OSError:
             continue
     raise StartupError(

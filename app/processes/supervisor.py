@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from app.engine.board import Board
@@ -32,7 +32,7 @@ from app.processes.child import Child, in_words
 from app.processes.metrics_port import serve_metrics_apart
 from app.processes.metrics_whole import whole_registry
 from app.processes.roster import Roster
-from app.processes.runtime_folder import runtime_folder
+from app.processes.runtime_folder import RuntimeFolder, runtime_folder
 from app.processes.seat import Seat, engine_path
 from app.processes.shape import Shape
 from app.settings import PREFIX, Settings, as_environment
@@ -66,7 +66,7 @@ def supervise(settings: Settings, shape: Shape) -> int:
         url = url_of(listener)
         log.info("listening on %s, loading %s", url, package, extra={"fields": changed})
         supervisor = Supervisor(settings, shape, listener, folder, key)
-        registry = whole_registry(folder, supervisor.board, supervisor.roster)
+        registry = whole_registry(folder.path, supervisor.board, supervisor.roster)
         with serve_metrics_apart(settings, registry):
             failure = supervisor.run()
     if failure is not None:
@@ -91,12 +91,13 @@ class Supervisor:
         settings: Settings,
         shape: Shape,
         listener: socket.socket,
-        folder: str,
+        folder: RuntimeFolder,
         package: str,
     ) -> None:
         self._settings = settings
         self._shape = shape
-        self._folder = folder
+        self._folder = folder.path
+        self._lock = folder.lock
         self._package = package
         self._listener = listener
         self._url = url_of(listener)
@@ -154,9 +155,12 @@ class Supervisor:
     def _worker_child(self, row: int) -> Child:
         seat = self._seat(f"worker-{row}", row, self._listener.fileno(), self._life[0])
         # The engine process lives as long as anybody holds the writing end of its pipe.
-        descriptors = (seat.listener, seat.board, seat.roster, seat.life, self._engine_life[1])
+        descriptors = (seat.listener, *self._shared(seat), self._engine_life[1])
         environment = self._environment(self._shape.worker_threads)
         return Child(seat, WORKER, environment, descriptors)
+
+    def _shared(self, seat: Seat) -> Sequence[int]:
+        return seat.board, seat.roster, seat.life, self._lock
 
     def _engine_child(self) -> Child:
         # Held here, so that connections wait in it while the process is started again.
@@ -165,7 +169,7 @@ class Supervisor:
         fileno = self._socket.fileno()
         seat = self._seat("engine", self._shape.workers, fileno, self._engine_life[0])
         environment = self._environment(self._shape.engine_threads)
-        return Child(seat, ENGINE, environment, (fileno, seat.board, seat.roster, seat.life))
+        return Child(seat, ENGINE, environment, (fileno, *self._shared(seat)))
 
     def _environment(self, threads: int) -> Mapping[str, str]:
         settings = self._settings.model_copy(update={"threads": threads})

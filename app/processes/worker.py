@@ -10,6 +10,7 @@ from app.engine.board import Board
 from app.engine.remote import RemoteEngine
 from app.engine.shelf import ProfileShelf
 from app.engine.wire import Greeting
+from app.garbage import keep_all_for_good
 from app.http.app import create_app
 from app.http.state import LoadedModel
 from app.main import build_state, load_and_run, load_model, show_model
@@ -51,6 +52,8 @@ def serve(settings: Settings, seat: Seat) -> None:
         before, info = state.loaded, greeting.info
         if before is None or before.backend != info:
             show_model(state, info)
+        if before is None:
+            keep_all_for_good()
         state.loaded = LoadedModel(
             engine, info, greeting.golden, greeting.profile, lambda: engine.is_ready
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from app.processes.child import Child, delay_seconds, in_words
 from app.processes.metric_files import FIRST_BYTES, ReservedDict
 from app.processes.metrics_whole import children_seconds, whole_status
 from app.processes.roster import Roster
-from app.processes.runtime_folder import runtime_folder
+from app.processes.runtime_folder import LOCK, runtime_folder
 from app.processes.seat import Seat
 from app.processes.shape import choose_shape
 from app.settings import Settings, as_environment, load_settings
@@ -190,8 +191,8 @@ def test_a_child_that_cannot_serve_says_why_whosever_fault_it_is(
 
 def test_a_runtime_folder_is_private_and_goes_at_the_end(tmp_path: Path) -> None:
     with runtime_folder([str(tmp_path)]) as folder:
-        assert os.stat(folder).st_mode & 0o777 == 0o700
-        Path(folder, "file").touch()
+        assert os.stat(folder.path).st_mode & 0o777 == 0o700
+        Path(folder.path, "file").touch()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,9 +200,55 @@ def test_a_runtime_folder_is_made_in_the_next_place_where_one_cannot_be(tmp_path
     long = tmp_path / ("x" * 100)
     long.mkdir()
     with runtime_folder(["/nowhere", str(long), "/dev/shm"]) as folder:
-        assert folder.startswith("/dev/shm/")
+        assert folder.path.startswith("/dev/shm/")
     with pytest.raises(StartupError, match="set TMPDIR"), runtime_folder(["/nowhere"]):
         pass
+
+
+def test_what_a_killed_service_left_goes_with_the_next_start_once_no_process_uses_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="metaserve.supervisor")
+    script = (
+        "import subprocess, sys, time\n"
+        "from app.processes.runtime_folder import runtime_folder\n"
+        "with runtime_folder([sys.argv[1]]) as folder:\n"
+        "    subprocess.Popen(['cat'], pass_fds=[folder.lock])\n"
+        "    print(folder.path, flush=True)\n"
+        "    time.sleep(3600)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as service:
+        assert service.stdin is not None
+        assert service.stdout is not None
+        left = Path(service.stdout.readline().strip())
+        service.kill()
+        service.wait()
+        with runtime_folder([str(tmp_path)]) as folder:
+            assert Path(folder.path) != left
+            assert left.exists(), "its worker lives: `cat` holds the lock"
+        service.stdin.close()
+        with (left / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits until `cat` is gone
+    with runtime_folder([str(tmp_path)]) as folder:
+        assert [str(path) for path in tmp_path.iterdir()] == [folder.path]
+    assert f"removed {left}, which a killed service had left" in caplog.messages
+
+
+def test_what_is_no_runtime_folder_of_a_service_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "metaserve.without-lock").mkdir()
+    (tmp_path / "metaserve.file").touch()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "lock").touch()
+    (tmp_path / "metaserve.link").symlink_to(tmp_path / "others")
+    before = sorted(tmp_path.rglob("*"))
+    with runtime_folder([str(tmp_path)]):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_metrics_on_a_full_disk_stay_in_memory_and_end_no_process(
