@@ -10,7 +10,7 @@ import orjson
 
 from app.backends.base import BackendInfo
 from app.engine.base import Engine, EngineStatus, GoldenCheck, Profile
-from app.engine.board import Board
+from app.engine.shared.board import Board
 from app.errors import NotReady
 from app.http.pool import CpuPool
 from app.metrics import Metrics

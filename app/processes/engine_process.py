@@ -16,8 +16,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from app.assemble import open_core
-from app.engine.board import Board
-from app.engine.host import EngineHost
+from app.engine.shared.board import Board
+from app.engine.shared.host import EngineHost
 from app.engine.shelf import ProfileShelf
 from app.garbage import keep_all_for_good
 from app.metrics import Metrics

@@ -16,7 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.engine.base import EngineStatus
-from app.engine.board import Board
+from app.engine.shared.board import Board
 from app.metrics import EngineGauges
 from app.processes.roster import Roster
 

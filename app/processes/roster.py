@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 
-from app.engine.board import shared_memory
+from app.engine.shared.board import shared_memory
 
 _WORD = struct.Struct("<Q")
 _WORDS = 3

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
-from app.engine.board import Board
+from app.engine.shared.board import Board
 from app.errors import StartupError
 from app.first_use import locate_package
 from app.listener import bind, url_of, what_to_type

@@ -6,10 +6,10 @@ import socket
 import sys
 from functools import partial
 
-from app.engine.board import Board
-from app.engine.remote import RemoteEngine
+from app.engine.shared.board import Board
+from app.engine.shared.remote import RemoteEngine
+from app.engine.shared.wire import Greeting
 from app.engine.shelf import ProfileShelf
-from app.engine.wire import Greeting
 from app.garbage import keep_all_for_good
 from app.http.app import create_app
 from app.http.state import LoadedModel

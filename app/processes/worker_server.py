@@ -13,7 +13,7 @@ from dataclasses import replace
 from starlette.types import ASGIApp
 
 from app.engine.base import EngineStatus
-from app.engine.board import Board
+from app.engine.shared.board import Board
 from app.http.state import ServiceState
 from app.metrics import with_wait
 from app.processes.acceptor import Acceptor, lead_beyond_chance

@@ -18,10 +18,10 @@ from typing import Any
 
 from app.assemble import WarmCore
 from app.engine.base import Profile
-from app.engine.board import Board
 from app.engine.core import EngineCore
-from app.engine.host import EngineHost
-from app.engine.remote import RemoteEngine
+from app.engine.shared.board import Board
+from app.engine.shared.host import EngineHost
+from app.engine.shared.remote import RemoteEngine
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow
 from tests.engine.doubles import FAR_AHEAD, PATIENCE_SECONDS, WatchedBackend

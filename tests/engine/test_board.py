@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from app.engine.base import EngineStatus
-from app.engine.board import Board
+from app.engine.shared.board import Board
 
 BUSY = EngineStatus(3, 8, 1, 0.25, 1.5, "RuntimeError: schön")
 IDLE = EngineStatus(0, 0, 0, 0.0, 0.0, None)
@@ -19,7 +19,7 @@ def test_another_process_reads_what_was_published() -> None:
     board = Board.create(2)
     board.publish(1, BUSY)
     script = (
-        "from app.engine.board import Board\n"
+        "from app.engine.shared.board import Board\n"
         f"print(Board({board.descriptor}, 2).read(1).last_error)\n"
     )
     done = subprocess.run(

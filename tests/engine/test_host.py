@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from app.engine import wire
 from app.engine.base import Profile
-from app.engine.board import shared_memory
-from app.engine.host import REST_SECONDS
-from app.engine.link import connect
-from app.engine.slots import SlotPool, slot_bytes
-from app.engine.wire import CANCEL, DONE, FAILED, GONE, REFUSE, SUBMIT, Attach, pack_message
+from app.engine.shared import wire
+from app.engine.shared.board import shared_memory
+from app.engine.shared.host import REST_SECONDS
+from app.engine.shared.link import connect
+from app.engine.shared.slots import SlotPool, slot_bytes
+from app.engine.shared.wire import CANCEL, DONE, FAILED, GONE, REFUSE, SUBMIT, Attach, pack_message
 from tests.engine.doubles import (
     FAR_AHEAD,
     PATIENCE_SECONDS,

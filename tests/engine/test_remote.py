@@ -15,11 +15,11 @@ import pytest
 import uvloop
 
 from app.backends.base import BackendInfo
-from app.engine import remote
 from app.engine.base import Engine
-from app.engine.link import Link, connect
-from app.engine.remote import RemoteEngine
-from app.engine.wire import Greeting
+from app.engine.shared import remote
+from app.engine.shared.link import Link, connect
+from app.engine.shared.remote import RemoteEngine
+from app.engine.shared.wire import Greeting
 from app.errors import BackendUnavailable, DeadlineExceeded, Draining, Overloaded
 from app.types import Pixels, Row
 from tests.engine.doubles import (

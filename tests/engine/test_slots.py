@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from app.engine.base import Profile
-from app.engine.slots import MAX_SEGMENT_BYTES, MIN_REPLY_BYTES, SlotPool, Slots, slot_bytes
-from app.engine.slots import slot_count as count_of
+from app.engine.shared.slots import MAX_SEGMENT_BYTES, MIN_REPLY_BYTES, SlotPool, Slots, slot_bytes
+from app.engine.shared.slots import slot_count as count_of
 from tests.engine.doubles import SIDE, WatchedBackend
 from tests.engine.processes import open_descriptors, slot_maps
 

@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from app.engine import wire
 from app.engine.base import GoldenCheck, Profile
+from app.engine.shared import wire
 from app.errors import (
     BadRequest,
     DeadlineExceeded,

@@ -6,8 +6,8 @@ import asyncio
 import sys
 import time
 
-from app.engine.board import Board
-from app.engine.remote import RemoteEngine
+from app.engine.shared.board import Board
+from app.engine.shared.remote import RemoteEngine
 from tests.engine.doubles import FAR_AHEAD, pixels_of
 from tests.engine.processes import PACKAGE, until
 

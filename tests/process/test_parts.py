@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from app.engine.base import EngineStatus
-from app.engine.board import Board
+from app.engine.shared.board import Board
 from app.errors import StartupError
 from app.logs import whole_lines
 from app.processes import run_child as children

@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 from app.engine.admission import check_deadline, check_wait
 from app.engine.base import EngineStatus
-from app.engine.board import Board
-from app.engine.link import Call, Link, connect
-from app.engine.wire import Greeting, WireError
+from app.engine.shared.board import Board
+from app.engine.shared.link import Call, Link, connect
+from app.engine.shared.wire import Greeting, WireError
 from app.errors import (
     DRAINING,
     BackendUnavailable,

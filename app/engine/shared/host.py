@@ -22,11 +22,11 @@ from typing import Protocol
 
 from app.backends.base import BackendInfo
 from app.engine.base import GoldenCheck, Profile
-from app.engine.board import Board
 from app.engine.core import EngineCore
-from app.engine.desk import WorkerDesk
-from app.engine.slots import Slots, slot_bytes
-from app.engine.wire import (
+from app.engine.shared.board import Board
+from app.engine.shared.desk import WorkerDesk
+from app.engine.shared.slots import Slots, slot_bytes
+from app.engine.shared.wire import (
     HEAD,
     Attach,
     Greeting,

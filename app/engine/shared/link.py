@@ -16,8 +16,8 @@ from typing import cast
 
 import numpy as np
 
-from app.engine.slots import SlotPool, slot_bytes, slot_count
-from app.engine.wire import (
+from app.engine.shared.slots import SlotPool, slot_bytes, slot_count
+from app.engine.shared.wire import (
     CANCEL,
     DONE,
     FAILED,

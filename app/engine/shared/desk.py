@@ -13,9 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from app.engine.core import EngineCore
-from app.engine.slots import Slots
-from app.engine.window import Request
-from app.engine.wire import (
+from app.engine.shared.slots import Slots
+from app.engine.shared.wire import (
     CANCEL,
     DONE,
     GONE,
@@ -26,6 +25,7 @@ from app.engine.wire import (
     pack_failed,
     pack_message,
 )
+from app.engine.window import Request
 from app.errors import DRAINING, Draining, ServiceError
 from app.types import Row
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from app.backends.base import BackendInfo
 from app.engine.base import Profile
-from app.engine.board import shared_memory
+from app.engine.shared.board import shared_memory
 from app.types import Pixels, Vector
 
 ALIGNMENT = 64

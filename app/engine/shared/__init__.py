@@ -1,0 +1,1 @@
+"""One engine for several processes: its owner's side, its callers' side, and what lies between."""
