@@ -197,6 +197,13 @@ def submit(core: EngineCore, *values: int, deadline: float = FAR_AHEAD) -> list[
     return callers
 
 
+def hold_one(core: EngineCore, backend: WatchedBackend, value: int = 0) -> Caller:
+    """Submit one request and wait until it keeps the backend busy."""
+    (plug,) = submit(core, value)
+    backend.wait_for_batch()
+    return plug
+
+
 def raise_for(*culprits: int, error: type[Exception] = RuntimeError) -> Spoil:
     """A backend that fails on every batch with one of these images in it."""
 
@@ -218,3 +225,13 @@ def not_finite_for(*culprits: int, wrong: float = float("nan"), which: str = "lo
         return rows
 
     return spoil
+
+
+def too_few(values: list[int], rows: Rows) -> Rows:
+    """A backend that answers a batch with a 2 in it with a row less."""
+    return Rows(rows.logits[:-1], rows.embedding[:-1]) if 2 in values else rows
+
+
+def nothing(values: list[int], rows: Rows) -> Rows:
+    """A backend that answers a batch with a 2 in it with None."""
+    return None if 2 in values else rows  # type: ignore[return-value]
