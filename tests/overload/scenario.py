@@ -103,7 +103,7 @@ def small_image() -> bytes:
     return grey(128, side=32)
 
 
-def padded_image(size: int = 2_000_000) -> bytes:
+def padded_image(size: int = 1_000_000) -> bytes:
     """Return a small image with so much behind it that its body has `size` bytes."""
     image = small_image()
     return image + bytes(size - len(image))

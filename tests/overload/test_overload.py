@@ -131,7 +131,7 @@ def test_latency_is_back_to_idle_two_seconds_after_the_overload(outcome: Outcome
 
 @pytest.fixture(scope="module")
 def large_bodies() -> Iterator[Outcome]:
-    """Bodies of 2 MB, at the capacity and at five times it: 800 MB/s if they were read."""
+    """Bodies of 1 MB, at the capacity and at five times it: 400 MB/s if they were read."""
     with pinned_service() as service:
         rates = (CAPACITY, 5 * CAPACITY)
         yield put_load(service, padded_image(), rates=rates, seconds=3.0)
