@@ -153,8 +153,9 @@ class EngineCore:
             running = self._begin(self._schedule.next_way(1, ()), 1, self._clock())
             self._progress_at = running.started_at
         self._work([request], running)
-        with self._changed:
-            self._changed.notify_all()  # of what came meanwhile no thread could begin
+        if len(self._window) or self._closing:  # what came meanwhile no thread could begin
+            with self._changed:
+                self._changed.notify_all()
         return True
 
     def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:

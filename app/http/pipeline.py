@@ -125,7 +125,9 @@ class Pipeline:
         finally:
             for task in tasks:  # where one hit a fault of ours, or the caller left
                 task.cancel()
-        if time.monotonic() >= self._deadline:  # those that were in time are late by now
+        # One that was late says that the deadline has passed: timers may be a moment early.
+        is_late = any(isinstance(one, DeadlineExceeded) for one in outcomes)
+        if is_late or time.monotonic() >= self._deadline:  # those in time are late by now
             outcomes = [_late() if isinstance(one, Answered) else one for one in outcomes]
         first = outcomes[0]
         refused = (Refused, DeadlineExceeded)
