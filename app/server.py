@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from app.http.protocol import protocol_class
+from app.http.proxied import ForwardedOnly
 from app.http.state import ServiceState
 
 log = logging.getLogger("metaserve.server")
@@ -33,18 +34,19 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, state: ServiceState) -> None:
         settings = state.settings
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=protocol_class(settings.receive_timeout_ms / 1000),
-                ws="none",
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                timeout_graceful_shutdown=int(settings.drain_timeout_s + GRACE_SECONDS),
-            )
+        config = uvicorn.Config(
+            app,
+            http=protocol_class(settings.receive_timeout_ms / 1000),
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,  # `ForwardedOnly` does it
+            timeout_graceful_shutdown=int(settings.drain_timeout_s + GRACE_SECONDS),
         )
+        config.app = ForwardedOnly(app, config.forwarded_allow_ips)
+        super().__init__(config)
         self.state = state
         self._signals: list[tuple[signal.Signals, bool]] = []
         self._stop_at: float | None = None

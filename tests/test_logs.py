@@ -99,6 +99,18 @@ def test_a_request_is_one_line_with_its_fields(
     }
 
 
+def test_behind_a_trusted_proxy_the_line_names_the_caller_and_not_the_proxy(
+    fields_of: Callable[[Callable[[httpx.Client], object]], Fields],
+) -> None:
+    def ask(client: httpx.Client) -> None:
+        for headers in ({"x-forwarded-for": "203.0.113.7"}, {}):
+            client.post("/classify", content=grey(0), headers=headers)
+
+    proxied, direct = fields_of(ask)
+
+    assert (proxied["client"], direct["client"]) == ("203.0.113.7", "127.0.0.1")
+
+
 def test_several_images_are_still_one_line(
     fields_of: Callable[[Callable[[httpx.Client], object]], Fields],
 ) -> None:

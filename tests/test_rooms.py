@@ -54,7 +54,7 @@ PLAN = {
         "app.engine.shared.board",
         "app.backends.base",
     },
-    "app.server": {"app.http.protocol", "app.http.state"},
+    "app.server": {"app.http.protocol", "app.http.proxied", "app.http.state"},
     "app.listener": {"app.errors", "app.settings"},
     "app.processes": set[str](),
     "app.processes.acceptor": set[str](),
