@@ -99,8 +99,8 @@ def learn_lanes(
     """Time one thread and lanes of one thread against a warm backend; keep what pays.
 
     Where one thread answers a lone image of a small network as soon as all do, it serves alone: the
-    others would only burn time that decoding needs. Lanes pay where they gain `USEFUL_GAIN` in
-    images a second.
+    others would only burn time that decoding needs. Lanes pay where they do about as many
+    images a second, see `DECODING_SHARE`.
 
     Args:
         wide: closed when it is not kept.
