@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     lanes: Annotated[int, Field(ge=0, le=1024)] = Field(
         0,
         description="Batches of one thread that the onnxruntime backend may run side by side on a "
-        "CPU; kept where warm-up finds that they answer at least 5 % more images a second than "
+        "CPU; kept unless warm-up finds that they answer 5 % fewer images a second than "
         "batches on all threads. 0 tries as many as there are threads. They hold the weights a "
         "second time in memory; 1 never does.",
     )

@@ -45,7 +45,6 @@ class FakeBackend:
             input_size=input_size,
             classes=classes,
             embedding_dim=embedding_dim,
-            threads=1,
             runs_package=False,
         )
         self._seconds = seconds

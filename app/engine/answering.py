@@ -43,11 +43,6 @@ class Answering:
         self._done = done
         self._failed = failed
 
-    @property
-    def threads(self) -> int | None:
-        """CPU threads of a batch; see `BackendInfo`."""
-        return self._backend.info.threads
-
     def answer(self, batch: list[Request]) -> None:
         """Run a batch and answer those who still wait."""
         try:

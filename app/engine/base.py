@@ -127,19 +127,6 @@ class Engine(Protocol):
         """
         ...
 
-    def infer_here(self, pixels: Pixels, *, deadline: float) -> Row | None:
-        """Answer one image on the calling thread, where handing it over would take longer.
-
-        For threads that decode; blocks for less than a millisecond.
-
-        Returns:
-            The row; None where the image is to be handed over, with `infer`.
-
-        Raises:
-            ServiceError: as `infer`.
-        """
-        ...
-
     def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `infer` would raise now, before any work is spent on an image.
 

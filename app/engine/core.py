@@ -26,7 +26,7 @@ from app.backends.base import Backend
 from app.engine.admission import check_deadline, check_wait
 from app.engine.answering import Answering
 from app.engine.base import EngineStatus
-from app.engine.lanes import HAND_OVER_SECONDS, NarrowLanes
+from app.engine.lanes import NarrowLanes
 from app.engine.schedule import Running, Schedule, Way
 from app.engine.timing import ServiceTimes
 from app.engine.window import BatchWindow, Request, answer_together
@@ -136,28 +136,6 @@ class EngineCore:
             with self._changed:
                 self._changed.notify()
 
-    def answer_here(self, request: Request) -> bool:
-        """Answer a request on the calling thread, if nothing else is to do and it is soon done.
-
-        That is a batch of one on one CPU thread, in less time than another thread would need to
-        take it over. False where it is not; nothing has happened then.
-
-        Raises:
-            Refused: the core is closing.
-            DeadlineExceeded: the deadline has passed already.
-        """
-        with self._changed:
-            if self._pending() or not self._is_brief(self._schedule.next_way(1, ())):
-                return False
-            self._admit(request.deadline)
-            running = self._begin(self._schedule.next_way(1, ()), 1, self._clock())
-            self._progress_at = running.started_at
-        self._work([request], running)
-        if len(self._window) or self._closing:  # what came meanwhile no thread could begin
-            with self._changed:
-                self._changed.notify_all()
-        return True
-
     def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `submit` would raise now for a request with this deadline.
 
@@ -208,10 +186,7 @@ class EngineCore:
         until = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         for thread in self._threads:
             thread.join(None if until is None else max(until - time.monotonic(), 0.0))
-        with self._changed:
-            left = None if until is None else max(until - time.monotonic(), 0.0)
-            is_done = self._changed.wait_for(lambda: not self._running, left)  # `answer_here`
-        if not is_done or any(thread.is_alive() for thread in self._threads):
+        if any(thread.is_alive() for thread in self._threads):
             self.refuse_waiting()
             log.warning("a batch still runs after the drain timeout; it is left behind")
             return
@@ -273,7 +248,8 @@ class EngineCore:
                 late = self._window.take_late(now, seconds)
                 batch = self._take(way, now, seconds)
                 if batch and way is not None:
-                    running = self._begin(way, len(batch), now)
+                    running = Running(way, len(batch), now)
+                    self._running.append(running)
                     if len(self._window):  # for another lane
                         self._changed.notify()
                     return late, batch, running
@@ -283,16 +259,6 @@ class EngineCore:
                     self._changed.notify_all()  # who waits for a wide batch waits in vain
                     return [], [], None
                 self._wait(way, now)
-
-    def _begin(self, way: Way, size: int, now: float) -> Running:
-        running = Running(way, size, now)
-        self._running.append(running)
-        return running
-
-    def _is_brief(self, way: Way) -> bool:
-        """Tell whether a batch of one takes its caller's thread and little time."""
-        known = self._answering[way].threads == 1
-        return known and 0 < way.times.batch_seconds(1) < HAND_OVER_SECONDS
 
     def _next_seconds(self, way: Way | None) -> float:
         if way is None:

@@ -1,4 +1,4 @@
-"""Whether batches of one thread each, side by side, do more than one that has all the threads.
+"""Whether batches of one thread each, side by side, pay beside one that has all the threads.
 
     wide     one batch at a time on all threads: what a lone image wants
     narrow   a batch a lane, each on one thread: no batch waits for its slowest thread, so more
@@ -31,7 +31,7 @@ HAND_OVER_SECONDS = 0.001
 SMALL_SECONDS = 0.005
 # What lanes may do less than wide batches at warm-up, where nothing is decoded. When images are, on
 # the same CPUs, a wide batch waits for the thread that lost its CPU, and a lane for nobody else's.
-DECODING_SHARE = 0.05
+TOLERATED_LOSS = 0.05
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def learn_lanes(
 
     Where one thread answers a lone image of a small network as soon as all do, it serves alone: the
     others would only burn time that decoding needs. Lanes pay where they do about as many
-    images a second, see `DECODING_SHARE`.
+    images a second, see `TOLERATED_LOSS`.
 
     Args:
         wide: closed when it is not kept.
@@ -170,14 +170,14 @@ def _time_lanes(
     max_batch_size: int,
     clock: Callable[[], float],
 ) -> NarrowLanes | None:
-    """Return the lanes with their times, None where they gain too little."""
+    """Return the lanes with their times, None where they do too little."""
     together = SideBySide(narrow, lanes)
     try:
         lane_times = warm_up(together, max_batch_size, clock)
     finally:
         together.close()
     ours, theirs = lane_times.best_images_per_second() * lanes, times.best_images_per_second()
-    if ours < theirs * (1 - DECODING_SHARE):
+    if ours < theirs * (1 - TOLERATED_LOSS):
         log.info("%d lanes of 1 thread do %.4g images/s, less than %.4g", lanes, ours, theirs)
         return None
     size = lane_times.largest_useful()

@@ -39,17 +39,6 @@ class LocalEngine:
             desk = self._desk = _Desk(loop, self._core)
         return await desk.ask(pixels, deadline)
 
-    def infer_here(self, pixels: Pixels, *, deadline: float) -> Row | None:
-        """Answer one image on the calling thread; see `Engine.infer_here`."""
-        answers: list[Row | ServiceError] = []
-        request = Request(pixels, deadline, time.monotonic(), answers.append)
-        if not self._core.answer_here(request):
-            return None
-        (answer,) = answers
-        if isinstance(answer, ServiceError):
-            raise answer
-        return answer
-
     def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `infer` would raise now."""
         self._core.check_admission(deadline, ahead_seconds=ahead_seconds)

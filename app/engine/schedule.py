@@ -66,10 +66,11 @@ class Schedule:
         return self.narrow if are_narrow or waiting > self.wide_up_to else self.wide
 
     def free_way(self, waiting: int, running: Sequence[Running]) -> Way | None:
-        """Return how the next batch runs, None where it has to wait for what runs."""
+        """Return how the next batch runs, None where it has to wait for what runs.
+
+        There are as many threads as lanes, so whoever asks is free for one of them.
+        """
         way = self.next_way(waiting, running)
-        if len(running) >= way.lanes:
-            return None
         if self.narrow is None or not running:
             return way
         return way if way is self.narrow and running[0].way is way else None

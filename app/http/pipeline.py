@@ -32,21 +32,6 @@ class Answered:
 Outcome = Answered | ServiceError
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """An image that was read.
-
-    Attributes:
-        pixels: as the model takes them.
-        seconds: from hand-over to the decoding threads to pixels.
-        row: None where the engine has not answered it on the way.
-    """
-
-    pixels: Pixels
-    seconds: float
-    row: Row | None = None
-
-
 class Pipeline:
     """Answers the images of one request.
 
@@ -100,12 +85,13 @@ class Pipeline:
         """
         if isinstance(item, BadRequest):
             raise item
+        pool = self._state.pool
+        # A cheap one here: a thread would cost more.
+        run = pool.run_here if self._is_cheap(item) else pool.run_admitted
         self.check_admission()
-        if not self._is_cheap(item):
-            return await self._infer(await self._read_on_thread(item))
         started_at = time.monotonic()
-        pixels = await self._state.pool.run_here(self._deadline, self._read, item)
-        return await self._infer(_Read(pixels, time.monotonic() - started_at))
+        pixels = await run(self._deadline, self._read, item)
+        return await self._infer(pixels, started_at)
 
     async def answer_all(self, items: Sequence[Item]) -> list[Outcome]:
         """Answer images side by side; one that fails does not touch the others.
@@ -125,9 +111,7 @@ class Pipeline:
         finally:
             for task in tasks:  # where one hit a fault of ours, or the caller left
                 task.cancel()
-        # One that was late says that the deadline has passed: timers may be a moment early.
-        is_late = any(isinstance(one, DeadlineExceeded) for one in outcomes)
-        if is_late or time.monotonic() >= self._deadline:  # those in time are late by now
+        if time.monotonic() >= self._deadline:  # those that were in time are late by now
             outcomes = [_late() if isinstance(one, Answered) else one for one in outcomes]
         first = outcomes[0]
         refused = (Refused, DeadlineExceeded)
@@ -144,31 +128,22 @@ class Pipeline:
             async with places:
                 async with turns:
                     self._model.engine.check_admission(self._deadline)
-                    read = await self._read_on_thread(item)
-                return await self._infer(read)
+                    started_at = time.monotonic()
+                    pixels = await self._state.pool.run_admitted(self._deadline, self._read, item)
+                return await self._infer(pixels, started_at)
         except ServiceError as error:
             return error
 
-    async def _read_on_thread(self, data: bytes) -> _Read:
-        handed_over_at = time.monotonic()
-
-        def read() -> _Read:
-            pixels = self._read(data)
-            seconds = time.monotonic() - handed_over_at
-            row = self._model.engine.infer_here(pixels, deadline=self._deadline)
-            return _Read(pixels, seconds, row)
-
-        return await self._state.pool.run_admitted(self._deadline, read)
-
-    async def _infer(self, read: _Read) -> Answered:
-        row = read.row or await self._model.engine.infer(read.pixels, deadline=self._deadline)
+    async def _infer(self, pixels: Pixels, started_at: float) -> Answered:
+        decode_seconds = time.monotonic() - started_at
+        row = await self._model.engine.infer(pixels, deadline=self._deadline)
         stages = self._state.metrics.stage_duration
-        stages["decode"].observe(read.seconds)
+        stages["decode"].observe(decode_seconds)
         stages["queue"].observe(row.queue_seconds)
         stages["inference"].observe(row.inference_seconds)
         if time.monotonic() >= self._deadline:
             raise _late()
-        return Answered(row, read.seconds)
+        return Answered(row, decode_seconds)
 
     def _is_cheap(self, data: bytes) -> bool:
         side = self._state.package.manifest.input.size

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn._types import ASGI3Application
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 _FORWARDED = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})
@@ -24,7 +23,7 @@ class ForwardedOnly:
 
     def __init__(self, app: ASGIApp, trusted: list[str] | str) -> None:
         self._app = app
-        self._proxied = cast(ASGIApp, ProxyHeadersMiddleware(cast(ASGI3Application, app), trusted))
+        self._proxied = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, with its caller's own address."""

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SHARED_MEMORY = "/dev/shm"
 ROOM_BYTES = 8 << 20
 PREFIX = "metaserve."
 LOCK = "lock"
+UNLOCKED_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,21 @@ def runtime_folder(places: Sequence[str] | None = None) -> Iterator[RuntimeFolde
     places = _usual_places() if places is None else places
     for place in places:
         _sweep(place)
-    path = _make(places)
-    lock = _lock(path)
+    folder = _make(places)
     try:
-        yield RuntimeFolder(path, lock)
+        yield folder
     finally:
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+        _remove(folder.path)
+        os.close(folder.lock)
+
+
+def _remove(path: str) -> None:
+    """Remove a directory, its lock last: what is left of it meanwhile can still be swept."""
+    with suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name != LOCK:
+                os.unlink(entry.path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _lock(folder: str) -> int:
@@ -78,13 +88,18 @@ def _sweep(place: str) -> None:
                 continue
             with suppress(OSError):
                 if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and _is_left(entry):
-                    shutil.rmtree(entry.path)
+                    _remove(entry.path)
                     log.info("removed %s, which a killed service had left", entry.path)
 
 
 def _is_left(entry: os.DirEntry[str]) -> bool:
-    """Return whether a directory has a lock that no process holds."""
-    lock = os.open(os.path.join(entry.path, LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Return whether a directory has a lock that no process holds, or has had none for long."""
+    try:
+        lock = os.open(os.path.join(entry.path, LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        # Its service was killed while it made or removed it, if not just now.
+        age_seconds = time.time() - entry.stat(follow_symlinks=False).st_mtime
+        return age_seconds > UNLOCKED_SECONDS
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,14 +109,18 @@ def _is_left(entry: os.DirEntry[str]) -> bool:
     return True
 
 
-def _make(places: Sequence[str]) -> str:
+def _make(places: Sequence[str]) -> RuntimeFolder:
     for place in places:
         if len(place) > LONGEST_PATH - len(f"/{PREFIX}12345678/engine"):
             continue
         try:
-            return tempfile.mkdtemp(prefix=PREFIX, dir=place)
+            path = tempfile.mkdtemp(prefix=PREFIX, dir=place)
         except OSError:
             continue
+        try:
+            return RuntimeFolder(path, _lock(path))
+        except OSError:  # a full disk, or one without locks
+            _remove(path)
     raise StartupError(
         "several processes need a directory that can be written; mount one at /tmp, or set TMPDIR "
         "to a short path"

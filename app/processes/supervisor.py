@@ -97,7 +97,7 @@ class Supervisor:
         self._settings = settings
         self._shape = shape
         self._folder = folder.path
-        self._lock = folder.lock
+        self._folder_lock = folder.lock
         self._package = package
         self._listener = listener
         self._url = url_of(listener)
@@ -160,7 +160,7 @@ class Supervisor:
         return Child(seat, WORKER, environment, descriptors)
 
     def _shared(self, seat: Seat) -> Sequence[int]:
-        return seat.board, seat.roster, seat.life, self._lock
+        return seat.board, seat.roster, seat.life, self._folder_lock
 
     def _engine_child(self) -> Child:
         # Held here, so that connections wait in it while the process is started again.

@@ -145,7 +145,6 @@ class Tardy:
         self._engine = model.engine
         self._late = late
         self.status = model.engine.status
-        self.infer_here = model.engine.infer_here
         self.check_admission = model.engine.check_admission
         self.refuse_waiting = model.engine.refuse_waiting
         self.aclose = model.engine.aclose

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from app.processes.child import Child, delay_seconds, in_words
 from app.processes.metric_files import FIRST_BYTES, ReservedDict
 from app.processes.metrics_whole import children_seconds, whole_status
 from app.processes.roster import Roster
-from app.processes.runtime_folder import LOCK, runtime_folder
+from app.processes.runtime_folder import LOCK, UNLOCKED_SECONDS, runtime_folder
 from app.processes.seat import Seat
 from app.processes.shape import choose_shape
 from app.settings import Settings, as_environment, load_settings
@@ -240,7 +241,7 @@ def test_what_a_killed_service_left_goes_with_the_next_start_once_no_process_use
 
 
 def test_what_is_no_runtime_folder_of_a_service_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "metaserve.without-lock").mkdir()
+    (tmp_path / "metaserve.being-made").mkdir()
     (tmp_path / "metaserve.file").touch()
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "lock").touch()
@@ -249,6 +250,30 @@ def test_what_is_no_runtime_folder_of_a_service_is_left_alone(tmp_path: Path) ->
     with runtime_folder([str(tmp_path)]):
         pass
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_whose_service_was_killed_while_it_made_it_goes_after_an_hour(
+    tmp_path: Path,
+) -> None:
+    left = tmp_path / "metaserve.half-made"
+    left.mkdir()
+    (left / "lock.new").touch()
+    long_ago = time.time() - UNLOCKED_SECONDS - 60
+    os.utime(left, (long_ago, long_ago))
+    with runtime_folder([str(tmp_path)]) as folder:
+        assert [str(path) for path in tmp_path.iterdir()] == [folder.path]
+
+
+def test_a_place_without_locks_is_passed_over_and_left_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("app.processes.runtime_folder.fcntl.flock", refuse)
+    with pytest.raises(StartupError, match="set TMPDIR"), runtime_folder([str(tmp_path)]):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_on_a_full_disk_stay_in_memory_and_end_no_process(

@@ -120,10 +120,6 @@ class RemoteEngine:
             self._leave(call)
             raise
 
-    def infer_here(self, pixels: Pixels, *, deadline: float) -> Row | None:
-        """Leave it to `infer`: the backend is in another process."""
-        return None
-
     def check_admission(self, deadline: float, *, ahead_seconds: float = 0.0) -> None:
         """Raise what `infer` would raise now, as far as the board tells.
 
