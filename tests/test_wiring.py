@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -142,11 +143,15 @@ def test_images_are_decoded_by_as_many_threads_as_are_asked_for_or_the_limit_all
 
 
 class Noted:
-    """In place of a child: remembers with which variables it would start."""
+    """In place of a child: remembers with which variables and descriptors it would start."""
 
     environments: list[dict[str, str]]
+    descriptors: list[Sequence[int]]
 
-    def __init__(self, _: object, module: str, environment: dict[str, str], *__: object) -> None:
+    def __init__(
+        self, _: object, module: str, environment: dict[str, str], descriptors: Sequence[int]
+    ) -> None:
+        self.descriptors.append(descriptors)
         if module == WORKER:
             self.environments.append(environment)
 
@@ -156,6 +161,7 @@ def test_each_of_several_workers_decodes_with_its_share_of_the_threads(
 ) -> None:
     monkeypatch.setattr(supervisor, "Child", Noted)
     monkeypatch.setattr(Noted, "environments", [], raising=False)
+    monkeypatch.setattr(Noted, "descriptors", [], raising=False)
     settings = load_settings({"threads": "7", "workers": "2", "host": "127.0.0.1", "port": "0"})
     with runtime_folder() as folder, bind(settings.host, settings.port) as listener:
         parent = Supervisor(settings, Shape(2, True, 3, 7), listener, folder, str(EMBEDDED))
@@ -164,6 +170,9 @@ def test_each_of_several_workers_decodes_with_its_share_of_the_threads(
         for one in (parent._socket, parent._selector, parent.board, parent.roster):
             one.close()
     assert len(Noted.environments) == 2
+    # Each process keeps the runtime directory from being swept while it lives.
+    assert len(Noted.descriptors) == 3
+    assert all(folder.lock in one for one in Noted.descriptors)
     for environment in Noted.environments:
         for name, text in environment.items():
             if name.startswith(PREFIX):
