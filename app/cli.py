@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -37,11 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `metaserve models | head`: nobody reads on, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        print("metaserve: too many open files; allow more of them (ulimit -n)", file=sys.stderr)
-        return 2
     return code
 
 

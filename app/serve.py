@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+
+from app.errors import StartupError
 from app.logs import configure_logs
 from app.processes.shape import choose_shape
 from app.settings import Settings
+
+# A process has up to 30 of its own.
+LEAST_OPEN_FILES = 64
 
 
 def serve(settings: Settings) -> int:
@@ -16,6 +22,7 @@ def serve(settings: Settings) -> int:
         SystemExit: it was to be exported on first use, and that failed or was ended.
     """
     configure_logs(settings.log_level, settings.log_format)
+    check_open_files()
     shape = choose_shape(settings)
     if shape.is_one_process:
         from app.main import serve_alone
@@ -25,3 +32,17 @@ def serve(settings: Settings) -> int:
     from app.processes.supervisor import supervise
 
     return supervise(settings, shape)
+
+
+def check_open_files() -> None:
+    """Refuse to serve where no room is left for connections.
+
+    Raises:
+        StartupError: the process may open too few files.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < LEAST_OPEN_FILES:
+        raise StartupError(
+            f"only {allowed} open files are allowed, and every connection is one; allow at least "
+            f"{LEAST_OPEN_FILES}, better thousands (ulimit -n)"
+        )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -130,14 +128,3 @@ def test_installed_command_prints_help_and_survives_a_closed_pipe() -> None:
     assert done.stderr == ""
     for name in ("serve", "export", "verify", "models", "bench", "tune", "classify", "embed"):
         assert f"\n    {name} " in done.stdout
-
-
-def test_too_many_open_files_are_told_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_files(*_: object) -> int:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    monkeypatch.setattr("app.serve.serve", no_files)
-    assert main(["serve"]) == 2
-    assert "ulimit -n" in capsys.readouterr().err

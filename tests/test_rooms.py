@@ -98,6 +98,7 @@ PLAN = {
         "app.processes.shape",
     },
     "app.serve": {
+        "app.errors",
         "app.logs",
         "app.main",
         "app.settings",

@@ -10,6 +10,7 @@ afterwards.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable
@@ -18,6 +19,7 @@ log = logging.getLogger("metaserve.server")
 
 # Out of descriptors or memory: the loop must not spin on a connection that cannot be taken.
 REST_SECONDS = 0.1
+QUIET_SECONDS = 10.0
 # An idle process needs a tenth of it to wake up, one on a busy machine several times that: the
 # further ahead, the longer.
 HOLD_BACK_SECONDS = 0.001
@@ -61,6 +63,7 @@ class Acceptor:
         self._is_open = False
         self._rests_until = 0.0
         self._has_held_back = False
+        self._quiet_until = 0.0
         self._portion = FIRST_PORTION
         self._tasks: set[asyncio.Task[object]] = set()
 
@@ -118,7 +121,7 @@ class Acceptor:
             except BlockingIOError:
                 return  # there is none, or another process was faster
             except OSError as error:
-                log.error("a connection cannot be accepted: %s", error)
+                self._complain(error)
                 self._rest(REST_SECONDS)
                 return
             connection.setblocking(False)
@@ -126,6 +129,15 @@ class Acceptor:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             self._counted()
+
+    def _complain(self, error: OSError) -> None:
+        """Say that a connection waits in vain; again only after a while."""
+        if self._loop.time() < self._quiet_until:
+            return
+        self._quiet_until = self._loop.time() + QUIET_SECONDS
+        is_full = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = "; allow more open files (ulimit -n)" if is_full else ""
+        log.error("connections cannot be accepted: %s%s", error, remedy)
 
     def _rest(self, seconds: float) -> None:
         self._rests_until = self._loop.time() + seconds

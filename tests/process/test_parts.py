@@ -417,6 +417,37 @@ def test_an_acceptor_takes_in_portions_what_nobody_else_takes() -> None:
     assert asyncio.run(hold_backs(62)) <= 15, "one by one it holds back 61 times"
 
 
+class Full(socket.socket):
+    """A listener in a process that has no descriptor left."""
+
+    tries = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.tries += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_an_acceptor_without_descriptors_says_so_once_and_not_ten_times_a_second(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def try_thrice() -> None:
+        with Full() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            listener.setblocking(False)
+            acceptor = Acceptor(listener, Taken, lambda: True, lambda: 0, lambda: None)
+            acceptor.update()
+            with socket.create_connection(listener.getsockname()):
+                async with asyncio.timeout(WAIT_SECONDS):
+                    while listener.tries < 3:
+                        await asyncio.sleep(0.01)
+            await acceptor.close()
+
+    asyncio.run(try_thrice())
+    (said,) = caplog.messages
+    assert said.endswith("Too many open files; allow more open files (ulimit -n)")
+
+
 def test_a_lead_is_chance_where_it_is_small() -> None:
     assert lead_beyond_chance(2, 0) == 0
     assert lead_beyond_chance(3, 0) == 1
