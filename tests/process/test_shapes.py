@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -94,7 +95,11 @@ def test_metrics_are_whole_whichever_process_is_asked(service: ServiceProcess) -
             assert caller.metric("metaserve_processes", role="worker") == 2
             assert caller.metric("metaserve_processes") == 1 + len(processes(service))
             # Each process publishes its gauges ten times a second.
-            wait_until(lambda: caller.metric("metaserve_queue_depth") == 0, "nothing waits")
+            wait_until(partial(queue_is_empty, caller), "nothing waits")
+
+
+def queue_is_empty(caller: Caller) -> bool:
+    return caller.metric("metaserve_queue_depth") == 0
 
 
 def test_process_metrics_are_sums(service: ServiceProcess) -> None:

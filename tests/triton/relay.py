@@ -16,6 +16,7 @@ class Relay:
     def __init__(self, port: int) -> None:
         self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._changing = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._swallowed: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -30,8 +31,9 @@ class Relay:
 
     def cut(self) -> None:
         """End every connection there is; new ones may come."""
-        while self._sockets:
-            one = self._sockets.pop()
+        with self._changing:  # a caller is back before the last of these is closed
+            cut, self._sockets = self._sockets, []
+        for one in cut:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
@@ -66,7 +68,8 @@ class Relay:
                 near, _ = self._listener.accept()
                 far = socket.create_connection(self._target, timeout=PATIENCE_SECONDS)
                 far.settimeout(None)
-                self._sockets += [near, far]
+                with self._changing:
+                    self._sockets += [near, far]
                 self._spawn(lambda a=near, b=far: self._pass(a, b))
                 self._spawn(lambda a=far, b=near: self._pass(a, b))
 
