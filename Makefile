@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 NOT_INSTALLED := echo "metaserve could not install its packages (see above); check that this \
 machine reaches a package index, then run make again" >&2; exit 2
 
-.PHONY: help serve test lint types format docs export-tools bench bench-gpu bench-graph bench-decoding clean
+.PHONY: help serve test lint types format docs export-tools bench bench-gpu bench-graph bench-decoding locks image test-image clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,17 @@ bench-graph: $(VENV)/.test ## the exported graph against timm's own export (ten 
 
 bench-decoding: $(VENV)/.test ## what reading an image costs and how exact it is (five minutes, an idle machine)
 	@$(BIN)/python -m benchmarks.decoding
+
+locks: ## write deploy/requirements again: what the images install, with hashes
+	@deploy/locks.sh
+
+# `make image ENGINE=podman`, or any other command that builds as docker does.
+ENGINE ?= docker
+image: ## build the cpu image
+	@$(ENGINE) build --tag metaserve:0.1.0 .
+
+test-image: $(VENV)/.test ## run the built image for real and hold it to its promises
+	@METASERVE_IMAGE_ENGINE="$(ENGINE)" $(BIN)/python -m pytest -s tests/image
 
 clean: ## remove the virtual environment and caches
 	@rm -rf $(VENV) $(TRITON_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,94 @@
+"""docker-compose.yml: what it starts is confined, ends in time, and is set as the service knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+FILE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+SERVICES: dict[str, dict[str, Any]] = FILE["services"]
+OURS = [name for name in SERVICES if name.startswith("metaserve")]
+DEFAULT = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+def settings_of(service: str) -> Settings:
+    """Return the settings a service starts with where nobody sets a variable."""
+    given: dict[str, Any] = {
+        name.removeprefix(PREFIX).lower(): DEFAULT.sub(lambda match: match[2], value)
+        for name, value in SERVICES[service]["environment"].items()
+    }
+    return Settings(**{name: value for name, value in given.items() if value})
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["mem_limit"]
+    assert not service.get("privileged")
+    assert "latest" not in service["image"]
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:"), f"{name} is reachable from outside"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_container_is_given_longer_than_its_drain(name: str) -> None:
+    settings = settings_of(name)
+    grace = float(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+    # The five seconds that docs/architecture.md promises for the end itself.
+    assert grace >= settings.drain_delay_s + settings.drain_timeout_s + 5
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_setting_is_one_and_its_default_is_taken(name: str) -> None:
+    assert settings_of(name).host == "127.0.0.1"  # the image's own is not overridden here
+    names = {one.removeprefix(PREFIX).lower() for one in SERVICES[name]["environment"]}
+    assert names <= set(Settings.model_fields)
+
+
+def test_what_is_mounted_is_in_the_checkout_or_a_named_volume() -> None:
+    for service in SERVICES.values():
+        for mount in service.get("volumes", []):
+            source = mount.partition(":")[0]
+            assert source in FILE["volumes"] or (ROOT / source).exists(), mount
+
+
+def test_a_plain_up_starts_the_service_and_its_watchers() -> None:
+    plain = {name for name, service in SERVICES.items() if "profiles" not in service}
+    assert plain == {"metaserve", "prometheus", "grafana"}
+    profiles = {profile for one in SERVICES.values() for profile in one.get("profiles", [])}
+    assert profiles == {"gpu", "triton", "export"}
+
+
+def test_prometheus_asks_the_services_by_the_names_they_have_here() -> None:
+    scraped = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text("utf-8"))
+    text = yaml.safe_dump(scraped["scrape_configs"])
+    for name in OURS:
+        assert re.search(rf"\b{name}(:8000)?\b", text), f"{name} is not scraped"
+
+
+def test_grafana_finds_what_is_provisioned() -> None:
+    mounts = dict(mount.split(":")[:2] for mount in SERVICES["grafana"]["volumes"])
+    providers = yaml.safe_load(
+        next((ROOT / "deploy/grafana/provisioning/dashboards").glob("*.yml")).read_text("utf-8")
+    )
+    folder = providers["providers"][0]["options"]["path"]
+    assert mounts["./deploy/grafana/dashboards"] == folder
+    sources = yaml.safe_load(
+        next((ROOT / "deploy/grafana/provisioning/datasources").glob("*.yml")).read_text("utf-8")
+    )
+    assert sources["datasources"][0]["url"] == "http://prometheus:9090"
+
+
+def test_the_image_is_named_alike_everywhere() -> None:
+    images = {SERVICES[name]["image"] for name in OURS} | {SERVICES["export"]["image"]}
+    assert images == {"metaserve:0.1.0", "metaserve:0.1.0-gpu", "metaserve:0.1.0-export"}
