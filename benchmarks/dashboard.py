@@ -22,7 +22,7 @@ import httpx
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -75,10 +75,13 @@ def draw(url: str, span: Span, out: Path, dashboard: Path = DASHBOARD) -> None:
         httpx.Client(base_url=url, timeout=30, trust_env=False) as client,
         mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}),
     ):
+        found = [
+            [line for target in panel["targets"] for line in _lines(client, target, span)]
+            for panel in panels
+        ]
         figure = Figure(figsize=(WIDTH_INCHES, rows * ROW_INCHES), dpi=DPI)
-        for panel in panels:
-            lines = [line for target in panel["targets"] for line in _lines(client, target, span)]
-            _draw_panel(figure, rows, panel, lines, span)
+        for panel, lines in zip(panels, found, strict=True):
+            _draw_panel(figure, rows, panel, lines, _times(found, span))
         _save(figure, out)
 
 
@@ -125,6 +128,12 @@ def _lines(client: httpx.Client, target: dict[str, Any], span: Span) -> list[Lin
     ]
 
 
+def _times(found: list[list[Line]], span: Span) -> tuple[float, float]:
+    """Return from when to when there is something to see."""
+    times = [line.points[0][0] for lines in found for line in lines if line.points]
+    return min(times, default=0.0), span.end - span.begin
+
+
 def filled_in(expression: str, rate_interval: str) -> str:
     """Return an expression of the dashboard with its variables: all jobs, all instances."""
     filled = expression.replace("$__rate_interval", rate_interval)
@@ -136,7 +145,11 @@ def _legend(pattern: str, labels: dict[str, str]) -> str:
 
 
 def _draw_panel(
-    figure: Figure, rows: int, panel: dict[str, Any], lines: list[Line], span: Span
+    figure: Figure,
+    rows: int,
+    panel: dict[str, Any],
+    lines: list[Line],
+    times: tuple[float, float],
 ) -> None:
     place = panel["gridPos"]
     is_number = panel["type"] == "stat"
@@ -159,7 +172,7 @@ def _draw_panel(
     if is_number:
         _draw_number(axes, defaults, lines)
     else:
-        _draw_lines(axes, defaults, lines, span, columns=max(int(width / 1.6), 1))
+        _draw_lines(axes, defaults, lines, times, columns=max(int(width / 1.7), 1))
 
 
 def _draw_number(axes: Axes, defaults: dict[str, Any], lines: list[Line]) -> None:
@@ -172,23 +185,35 @@ def _draw_number(axes: Axes, defaults: dict[str, Any], lines: list[Line]) -> Non
             colour = step["color"]
     axes.text(0.5, 0.45, shown, ha="center", va="center", fontsize=22, color=colour)
     axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, color="lightgrey")
 
 
 def _draw_lines(
-    axes: Axes, defaults: dict[str, Any], lines: list[Line], span: Span, columns: int
+    axes: Axes,
+    defaults: dict[str, Any],
+    lines: list[Line],
+    times: tuple[float, float],
+    columns: int,
 ) -> None:
     if defaults["custom"].get("stacking"):
         _draw_stacked(axes, lines)
     else:
         for line in lines:
             axes.plot(*zip(*line.points, strict=True), label=line.legend, linewidth=1.2)
-    axes.set_xlim(0, span.end - span.begin)
-    axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] < 1e-9 or not any(y for line in lines for _, y in line.points):
-        axes.set_ylim(0, 1)
+    begin, end = times
+    axes.set_xlim(begin, end)
+    highest = max((value for line in lines for _, value in line.points), default=0.0)
+    axes.set_ylim(0, None if highest else 1)
+    if not highest:
+        axes.set_yticks([0])
+    elif defaults["unit"] == "bytes":
+        axes.yaxis.set_major_locator(MultipleLocator(2 ** math.floor(math.log2(highest / 3))))
     write = in_words(defaults["unit"])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _clock(value)))
+    axes.xaxis.set_major_locator(MultipleLocator(60 if end - begin <= 600 else 300, begin))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{(value - begin) / 60:.0f} min")
+    )
     axes.grid(alpha=0.3)
     if lines:
         axes.legend(
@@ -208,10 +233,6 @@ def _draw_stacked(axes: Axes, lines: list[Line]) -> None:
     times = sorted({at for line in lines for at, _ in line.points})
     layers = [[dict(line.points).get(at, 0.0) for at in times] for line in lines]
     axes.stackplot(times, layers, labels=[line.legend for line in lines], alpha=0.7)
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def _save(figure: Figure, out: Path) -> None:
