@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 NOT_INSTALLED := echo "metaserve could not install its packages (see above); check that this \
 machine reaches a package index, then run make again" >&2; exit 2
 
-.PHONY: help serve test lint types format docs export-tools bench bench-gpu bench-graph bench-decoding locks image test-image clean
+.PHONY: help serve test lint types format docs export-tools bench bench-gpu bench-graph bench-decoding locks image test-image dashboard clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,8 +34,9 @@ format: $(VENV)/.test ## let ruff put the code in shape
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-docs: $(VENV)/.serve ## write docs/settings.md again from the settings class
+docs: $(VENV)/.serve ## write docs/settings.md, and the metrics in docs/operations.md, again from the code
 	@$(BIN)/python -m app.settings_page > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
+	@$(BIN)/python -m app.metrics_page docs/operations.md
 
 bench: $(VENV)/.test ## the service against the machine and a hand-written one (20 minutes; ONLY=tiny,photo)
 	@$(BIN)/python -m benchmarks.serving --only "$(ONLY)"
@@ -48,6 +49,9 @@ bench-graph: $(VENV)/.test ## the exported graph against timm's own export (ten 
 
 bench-decoding: $(VENV)/.test ## what reading an image costs and how exact it is (five minutes, an idle machine)
 	@$(BIN)/python -m benchmarks.decoding
+
+dashboard: $(VENV)/.test ## draw docs/plots/dashboard.png from a Prometheus (URL=http://localhost:9090 MINUTES=5)
+	@$(BIN)/python -m benchmarks.dashboard $(if $(URL),--url $(URL)) $(if $(MINUTES),--minutes $(MINUTES))
 
 locks: ## write deploy/requirements again: what the images install, with hashes
 	@deploy/locks.sh

@@ -138,7 +138,7 @@ def load_model(state: ServiceState, shelf: ProfileShelf | None = None) -> Loaded
 def wire_model(state: ServiceState, warm: WarmCore) -> LoadedModel:
     """Put an engine around a core and show it in the metrics."""
     engine = LocalEngine(warm.core)
-    state.metrics.watch(engine.status, state.pool.wait_seconds)
+    state.metrics.watch(engine.status, state.pool.wait_seconds, lambda: state.is_ready)
     show_model(state, warm.backend)
     return LoadedModel(engine, warm.backend, warm.golden, warm.profile)
 

@@ -21,8 +21,12 @@ from prometheus_client.registry import Collector
 
 from app.engine.base import EngineStatus
 from app.errors import (
+    BackendUnavailable,
     BadAspect,
+    Draining,
     ImageTooLarge,
+    NotReady,
+    Overloaded,
     Refused,
     ServiceError,
     UndecodableImage,
@@ -48,21 +52,33 @@ SECONDS = (
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 IDLE = EngineStatus(0, 0, 0, 0.0, 0.0, None)
 STAGES = ("decode", "queue", "inference", "rank")
+REFUSALS = (Overloaded, NotReady, Draining, BackendUnavailable)
+REJECTIONS = (UnsupportedFormat, UndecodableImage, ImageTooLarge, BadAspect)
 
 
-class EngineGauges(Collector):
-    """How the engine fares, asked when somebody looks.
+class ServiceGauges(Collector):
+    """How the service and its engine fare, asked when somebody looks.
 
     Args:
-        status: of the whole service.
+        status: of the engines of the whole service.
+        is_ready: whether `/readyz` succeeds.
     """
 
-    def __init__(self, status: Callable[[], EngineStatus]) -> None:
+    def __init__(self, status: Callable[[], EngineStatus], is_ready: Callable[[], bool]) -> None:
         self._status = status
+        self._is_ready = is_ready
 
     def collect(self) -> Iterator[Metric]:
-        """Return the three gauges."""
+        """Return the gauges."""
         status = self._status()
+        yield GaugeMetricFamily(
+            "metaserve_ready", "1 while /readyz succeeds, 0 otherwise.", float(self._is_ready())
+        )
+        yield GaugeMetricFamily(
+            "metaserve_stalled_seconds",
+            "How long work has been pending without anything completing; /livez looks at it.",
+            status.stalled_seconds,
+        )
         yield GaugeMetricFamily(
             "metaserve_queue_depth", "Images waiting for a batch.", status.queue_depth
         )
@@ -106,10 +122,11 @@ class Metrics:
         # A second time series for each metric, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._status: Callable[[], EngineStatus] = lambda: IDLE
+        self._is_ready: Callable[[], bool] = lambda: False
         self.registry = whole or _registry_of_one_process()
         registry = None if whole else self.registry
         if registry is not None:
-            registry.register(EngineGauges(lambda: self._status()))
+            registry.register(ServiceGauges(lambda: self._status(), lambda: self._is_ready()))
         self.request_duration = Histogram(
             "metaserve_request_duration_seconds",
             "Time from a request's head to the end of its reply, by route template and status.",
@@ -139,6 +156,9 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
+        # There from the start: a rate begins to count only at a series' second sample.
+        for refusal in REFUSALS:
+            self.requests_refused.labels(refusal.code)
         self.requests_cancelled = Counter(
             "metaserve_requests_cancelled_total",
             "Requests whose caller left before the reply.",
@@ -150,6 +170,8 @@ class Metrics:
             ("code",),
             registry=registry,
         )
+        for rejection in REJECTIONS:
+            self.images_rejected.labels(rejection.code)
         self.backend_errors = Counter(
             "metaserve_backend_errors_total",
             "Batches the backend failed on, by backend.",
@@ -176,14 +198,18 @@ class Metrics:
         """Count a refusal, or an image that could not be used."""
         if isinstance(error, Refused):
             self.requests_refused.labels(error.code).inc()
-        elif isinstance(error, UnsupportedFormat | UndecodableImage | ImageTooLarge | BadAspect):
+        elif isinstance(error, REJECTIONS):
             self.images_rejected.labels(error.code).inc()
 
     def watch(
-        self, status: Callable[[], EngineStatus], decode_wait_seconds: Callable[[], float]
+        self,
+        status: Callable[[], EngineStatus],
+        decode_wait_seconds: Callable[[], float],
+        is_ready: Callable[[], bool],
     ) -> None:
         """Read the gauges when they are scraped, at no cost to requests."""
         self._status = lambda: with_wait(status(), decode_wait_seconds())
+        self._is_ready = is_ready
 
     def batch_observer(self, backend: str) -> BatchMetrics:
         """Return what tells these metrics of a backend's batches."""

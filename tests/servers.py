@@ -261,6 +261,7 @@ def service_process(
     args: Sequence[str] = (),
     *,
     wait: Literal["ready", "listening", "nothing"] = "ready",
+    command: Sequence[str] = (),
 ) -> Iterator[ServiceProcess]:
     """Run `metaserve serve` on a free port; kill it at the end, if it still runs.
 
@@ -268,6 +269,7 @@ def service_process(
         env: variables beyond those of this process, whose own METASERVE_ ones do not count.
         args: further flags.
         wait: for what, before the process is handed over.
+        command: what to run instead of `metaserve serve`.
     """
     inherited = {name: value for name, value in os.environ.items() if "METASERVE_" not in name}
     chosen = {
@@ -276,9 +278,9 @@ def service_process(
         "METASERVE_DRAIN_DELAY_S": "0",
         "PYTHONUNBUFFERED": "1",
     }
-    command = Path(sysconfig.get_path("scripts")) / "metaserve"
+    installed = str(Path(sysconfig.get_path("scripts")) / "metaserve"), "serve"
     process = subprocess.Popen(
-        [str(command), "serve", *args],
+        [*(command or installed), *args],
         env=inherited | chosen | dict(env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -23,6 +23,11 @@ PLAN = {
     "app.settings": {"app.errors"},
     "app.settings_page": {"app.settings"},
     "app.metrics": {"app.errors", "app.engine.base"},
+    "app.metrics_page": {
+        "app.metrics",
+        "app.processes.metrics_whole",
+        "app.processes.roster",
+    },
     "app.backends": {"models", "app.errors", "app.types", "app.settings"},
     "app.images": {"models.package", "app.errors", "app.types"},
     "app.engine": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from app.errors import BackendUnavailable, Draining
+from app.errors import BackendUnavailable
 from app.http import schemas
 from app.http.deps import StateDep
 
@@ -30,10 +30,7 @@ async def livez(state: StateDep) -> schemas.Health:
 @router.get("/readyz", response_model=schemas.Health, responses={503: {"model": schemas.Error}})
 async def readyz(state: StateDep) -> schemas.Health:
     """Succeed from the end of warm-up until SIGTERM; overload does not change it."""
-    if state.draining:
-        raise Draining("the service is stopping")
-    if not state.model().is_connected():
-        raise BackendUnavailable("the engine process has ended and is being started again")
+    state.check_ready()
     return schemas.Health(status="ready")
 
 

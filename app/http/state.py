@@ -11,7 +11,7 @@ import orjson
 from app.backends.base import BackendInfo
 from app.engine.base import Engine, EngineStatus, GoldenCheck, Profile
 from app.engine.shared.board import Board
-from app.errors import NotReady
+from app.errors import BackendUnavailable, Draining, NotReady, Refused
 from app.http.pool import CpuPool
 from app.metrics import Metrics
 from app.settings import Settings
@@ -77,6 +77,26 @@ class ServiceState:
         if self.loaded is None:
             raise NotReady("the model is still loading; try again in a moment")
         return self.loaded
+
+    def check_ready(self) -> None:
+        """Refuse unless the service is between the end of warm-up and SIGTERM.
+
+        Raises:
+            Refused: and says why it is not ready.
+        """
+        if self.draining:
+            raise Draining("the service is stopping")
+        if not self.model().is_connected():
+            raise BackendUnavailable("the engine process has ended and is being started again")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `check_ready` passes."""
+        try:
+            self.check_ready()
+        except Refused:
+            return False
+        return True
 
     def stalled(self) -> EngineStatus | None:
         """Return the status of an engine of the service that has made no progress for too long."""

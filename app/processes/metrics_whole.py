@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from app.engine.base import EngineStatus
 from app.engine.shared.board import Board
-from app.metrics import EngineGauges
+from app.metrics import ServiceGauges
 from app.processes.roster import Roster
 
 # What one process has least of counts for all; anything else of `process_*` is a sum.
@@ -35,7 +35,9 @@ def whole_registry(folder: str, board: Board, roster: Roster) -> CollectorRegist
     registry = CollectorRegistry()
     MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
     PlatformCollector(registry=registry)
-    registry.register(EngineGauges(lambda: whole_status(board)))
+    registry.register(
+        ServiceGauges(lambda: whole_status(board), lambda: is_ready(board, roster.workers))
+    )
     registry.register(Processes(roster))
     return registry
 
@@ -52,6 +54,11 @@ def whole_status(board: Board) -> EngineStatus:
         stalled_seconds=worst.stalled_seconds,
         last_error=worst.last_error,
     )
+
+
+def is_ready(board: Board, workers: int) -> bool:
+    """Tell whether a caller finds a worker that is ready; they have the board's first rows."""
+    return any(board.answers(row) and not board.is_draining(row) for row in range(workers))
 
 
 class Processes(Collector):

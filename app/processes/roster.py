@@ -29,7 +29,7 @@ class Roster:
 
     def __init__(self, descriptor: int, workers: int, rows: int) -> None:
         self.descriptor = descriptor
-        self._workers = workers
+        self.workers = workers
         self._rows = rows
         self._memory = mmap.mmap(descriptor, _size(rows))
 
@@ -90,7 +90,7 @@ class Roster:
         os.close(self.descriptor)
 
     def _role(self, row: int) -> str:
-        return "worker" if row < self._workers else "engine"
+        return "worker" if row < self.workers else "engine"
 
     def _read(self, word: int) -> int:
         value: int = _WORD.unpack_from(self._memory, word * _WORD.size)[0]

@@ -25,8 +25,6 @@ log = logging.getLogger("metaserve.server")
 
 # Beyond the drain timeout, when nobody is left to kill this process.
 GRACE_SECONDS = 5.0
-# A process publishes ten times a second; one that has not for so long takes no connections.
-STUCK_SECONDS = 1.0
 
 
 class WorkerServer(Server):
@@ -101,7 +99,9 @@ class WorkerServer(Server):
         status = with_wait(loaded.engine.status(), self.state.pool.wait_seconds())
         if self._seat.shares_engine:  # what waits there is in the engine's own row
             status = _without_queue(status)
-        self._board.publish(self._seat.row, status, ready=loaded.is_connected())
+        self._board.publish(
+            self._seat.row, status, ready=loaded.is_connected(), draining=self.state.draining
+        )
 
     def _may_accept(self) -> bool:
         """Tell whether callers should come here: not while another process is ready and we not."""
@@ -117,11 +117,7 @@ class WorkerServer(Server):
     def _others_ready(self) -> list[int]:
         """Return the other workers that are ready, and not stuck since."""
         rows = (row for row in range(self._seat.workers) if row != self._seat.row)
-        return [
-            row
-            for row in rows
-            if self._board.is_ready(row) and self._board.age_seconds(row) < STUCK_SECONDS
-        ]
+        return [row for row in rows if self._board.answers(row)]
 
     def _connections(self) -> int:
         arriving = self._acceptor.arriving if self._acceptor else 0

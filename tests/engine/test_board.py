@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from app.engine.base import EngineStatus
-from app.engine.shared.board import Board
+from app.engine.shared.board import STUCK_SECONDS, Board
+from tests.servers import wait_until
 
 BUSY = EngineStatus(3, 8, 1, 0.25, 1.5, "RuntimeError: schön")
 IDLE = EngineStatus(0, 0, 0, 0.0, 0.0, None)
@@ -52,6 +53,10 @@ def test_rows_do_not_touch_each_other_and_are_not_ready_until_they_say_so() -> N
     assert [board.read(row).last_error for row in (0, 2)] == [None, None]
     board.publish(1, IDLE, ready=False)
     assert not board.is_ready(1)
+    assert not board.answers(1)
+    board.publish(1, BUSY, draining=True)
+    assert [board.is_draining(row) for row in range(3)] == [False, True, False]
+    assert board.answers(1), "until it ends"
     board.publish(1, BUSY)
     board.withdraw(1)
     assert board.read(1) == IDLE
@@ -72,4 +77,7 @@ def test_a_row_ages_from_when_it_was_last_written() -> None:
     board.publish(0, IDLE)
     first, second = board.age_seconds(0), board.age_seconds(0)
     assert 0 <= first <= second
+    assert board.answers(0)
+    wait_until(lambda: board.age_seconds(0) > STUCK_SECONDS, "it is old")
+    assert not board.answers(0)
     board.close()

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.http.app import create_api
-from tests.http.wire import check_error, grey, parts
+from tests.http.wire import REFUSED, check_error, grey, parts
 from tests.servers import (
     WAIT_SECONDS,
     RunningService,
@@ -29,6 +29,8 @@ METRICS = {
     "metaserve_request_duration_seconds": {"route", "status"},
     "metaserve_stage_duration_seconds": {"stage"},
     "metaserve_batch_size": set(),
+    "metaserve_ready": set(),
+    "metaserve_stalled_seconds": set(),
     "metaserve_queue_depth": set(),
     "metaserve_queue_wait_estimate_seconds": set(),
     "metaserve_inflight_batches": set(),
@@ -85,6 +87,7 @@ def test_probes_before_the_model_is_loaded() -> None:
         assert service.client.get("/livez").json() == {"status": "alive"}
         check_error(service.client.get("/readyz"), 503, "not_ready")
         check_error(service.client.get("/startupz"), 503, "not_ready")
+        assert "metaserve_ready 0.0" in service.client.get("/metrics").text
         assert service.metric("metaserve_requests_refused_total", reason="not_ready") == 0
 
 
@@ -93,6 +96,7 @@ def test_probes_of_a_service_that_serves() -> None:
         assert service.client.get("/livez").json() == {"status": "alive"}
         assert service.client.get("/readyz").json() == {"status": "ready"}
         assert service.client.get("/startupz").json() == {"status": "started"}
+        assert service.metric("metaserve_ready") == 1
 
 
 def test_a_service_that_drains_is_unready_and_alive() -> None:
@@ -104,6 +108,7 @@ def test_a_service_that_drains_is_unready_and_alive() -> None:
         assert reply.headers["connection"] == "close"
         assert service.client.get("/livez").status_code == 200
         assert service.client.get("/startupz").status_code == 200
+        assert service.metric("metaserve_ready") == 0
         assert service.metric("metaserve_requests_refused_total", reason="draining") == 0
 
 
@@ -123,6 +128,8 @@ def test_a_stalled_backend_is_dead_until_it_moves_again() -> None:
                 lambda: service.client.get("/livez").status_code == 503, "liveness fails"
             )
 
+            stalled = service.metric("metaserve_stalled_seconds")
+            assert 0.05 < stalled < WAIT_SECONDS
             assert "nothing completed" in check_error(
                 service.client.get("/livez"), 503, "backend_unavailable"
             )
@@ -130,6 +137,7 @@ def test_a_stalled_backend_is_dead_until_it_moves_again() -> None:
             backend.gate.set()
             assert waiting.result(WAIT_SECONDS).status_code == 200
             assert service.client.get("/livez").status_code == 200
+            assert service.metric("metaserve_stalled_seconds") == 0
 
 
 def test_every_metric_of_the_contract_is_there_with_its_labels(text: str) -> None:
@@ -137,11 +145,24 @@ def test_every_metric_of_the_contract_is_there_with_its_labels(text: str) -> Non
 
     for name, labels in METRICS.items():
         sample = f"{name}_count" if name in HISTOGRAMS else name
-        if name == "metaserve_requests_refused_total":
-            assert f"# TYPE {name} counter" in text or f"# TYPE {name[:-6]} counter" in text
-            continue
         assert sample in samples, f"{name} is missing"
         assert all(set(one) == labels for one in samples[sample]), samples[sample]
+
+
+def test_what_was_never_counted_is_shown_as_zero(text: str) -> None:
+    samples = scrape(text)
+
+    # A rate sees nothing of the step with which a series begins.
+    refused = {one["reason"] for one in samples["metaserve_requests_refused_total"]}
+    assert refused == REFUSED
+    rejected = {one["code"] for one in samples["metaserve_images_rejected_total"]}
+    assert rejected == {
+        "unsupported_format",
+        "image_decode_failed",
+        "image_too_large",
+        "image_bad_aspect",
+    }
+    assert 'metaserve_requests_refused_total{reason="overloaded"} 0.0' in text
 
 
 def test_no_metric_is_there_that_the_contract_does_not_know(text: str) -> None:

@@ -94,8 +94,11 @@ def test_metrics_are_whole_whichever_process_is_asked(service: ServiceProcess) -
             assert caller.metric("metaserve_model_info") == 1
             assert caller.metric("metaserve_processes", role="worker") == 2
             assert caller.metric("metaserve_processes") == 1 + len(processes(service))
+            assert caller.metric("metaserve_ready") == 1
             # Each process publishes its gauges ten times a second.
             wait_until(partial(queue_is_empty, caller), "nothing waits")
+    text = httpx.get(f"{service.url}/metrics", trust_env=False).text
+    assert 'metaserve_requests_refused_total{reason="not_ready"} 0.0' in text
 
 
 def queue_is_empty(caller: Caller) -> bool:
@@ -170,6 +173,8 @@ def test_an_engine_that_stops_is_seen_by_liveness_wherever_it_is_asked(
         try:
             wait_until(lambda: callers["worker-1"].get("/livez")[0] == 503, "liveness fails")
             _, body = callers["worker-1"].get("/livez")
+            assert callers["worker-1"].metric("metaserve_stalled_seconds") > 0.5
+            assert callers["worker-1"].metric("metaserve_ready") == 1
         finally:
             send(owner, signal.SIGCONT)
 
@@ -185,9 +190,11 @@ def test_a_killed_engine_is_answered_for_and_comes_back(service: ServiceProcess)
         with everybody_back(service):
             send(processes(service)["engine"], signal.SIGKILL)
             wait_until(lambda: prober.get("/readyz")[0] == 503, "readiness goes off")
+            wait_until(lambda: prober.metric("metaserve_ready") == 0, "the gauge follows")
             assert prober.get("/livez")[0] == 200
         load.wait_for_more(20)
         wait_until(lambda: prober.get("/readyz")[0] == 200, "it is ready again")
+        wait_until(lambda: prober.metric("metaserve_ready") == 1, "the gauge follows")
     assert set(load.answers) <= {"200", "503 backend_unavailable"}, load.answers
 
 
@@ -201,6 +208,7 @@ def test_sigterm_drains_every_process_and_leaves_nothing(shape: str, tmp_path: P
             service.process.send_signal(signal.SIGTERM)
             for caller in callers.values():
                 wait_until(lambda c=caller: c.get("/readyz")[0] == 503, "it is unready")  # type: ignore[misc]
+                wait_until(lambda c=caller: c.metric("metaserve_ready") == 0, "the gauge follows")  # type: ignore[misc]
             with contextlib.closing(Caller(service)) as late:
                 assert late.classify()[0] == 200, "nobody serves during the drain delay"
             service.process.send_signal(signal.SIGTERM)

@@ -23,7 +23,9 @@ _NUMBERS = struct.Struct("<7d")
 _LENGTH = struct.Struct("<I")
 _TEXT_AT = _NUMBERS.size + _LENGTH.size
 ROW_BYTES = 512
-_READY, _PENDING = 1, 2
+_READY, _PENDING, _DRAINING = 1, 2, 4
+STUCK_SECONDS = 1.0
+"""A process publishes ten times a second; one that has not for so long answers nobody."""
 
 
 class Board:
@@ -48,8 +50,10 @@ class Board:
         descriptor = shared_memory("metaserve-board", rows * ROW_BYTES)
         return cls(descriptor, rows)
 
-    def publish(self, row: int, status: EngineStatus, *, ready: bool = True) -> None:
-        """Write how an engine fares."""
+    def publish(
+        self, row: int, status: EngineStatus, *, ready: bool = True, draining: bool = False
+    ) -> None:
+        """Write how an engine fares, and whether its process answers and is about to end."""
         is_pending = bool(status.queue_depth or status.in_flight)
         text = (status.last_error or "").encode()[: ROW_BYTES - _TEXT_AT]
         start = row * ROW_BYTES
@@ -65,7 +69,7 @@ class Board:
             status.running_batches,
             status.predicted_wait_seconds,
             status.stalled_seconds,
-            _READY * ready + _PENDING * is_pending,
+            _READY * ready + _PENDING * is_pending + _DRAINING * draining,
         )
 
     def withdraw(self, row: int) -> None:
@@ -75,6 +79,14 @@ class Board:
     def is_ready(self, row: int) -> bool:
         """Tell whether an engine answers."""
         return bool(int(self._numbers(row)[6]) & _READY)
+
+    def is_draining(self, row: int) -> bool:
+        """Tell whether an engine's process is about to end."""
+        return bool(int(self._numbers(row)[6]) & _DRAINING)
+
+    def answers(self, row: int) -> bool:
+        """Tell whether an engine is ready, and not stuck since."""
+        return self.is_ready(row) and self.age_seconds(row) < STUCK_SECONDS
 
     def age_seconds(self, row: int) -> float:
         """Return how long ago an engine published."""
