@@ -25,7 +25,7 @@ from app.engine.base import Profile
 from app.engine.timing import ServiceTimes
 from app.http.app import create_app
 from app.http.state import LoadedModel, ServiceState
-from app.listener import bind
+from app.listener import bind, url_of
 from app.main import build_state, load_model, wire_model
 from app.server import Server
 from app.settings import Settings
@@ -161,8 +161,7 @@ def running_service(
         )
     server = Server(create_app(state), state)
     listener = bind(state.settings.host, state.settings.port)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{host}:{port}"
+    url = url_of(listener)
     thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
     thread.start()
     try:

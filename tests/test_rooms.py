@@ -19,6 +19,7 @@ PLAN = {
     "app.signals": set[str](),
     "app.ending": set[str](),
     "app.garbage": set[str](),
+    "app.probe": set[str](),
     "app.logs": set[str](),
     "app.settings": {"app.errors"},
     "app.settings_page": {"app.settings"},
