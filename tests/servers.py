@@ -33,6 +33,7 @@ from app.types import Batch, Rows
 from models.package import PRETRAINED, open_package
 
 EMBEDDED = PRETRAINED / "caformer_digits"
+METASERVE = (str(Path(sysconfig.get_path("scripts")) / "metaserve"),)
 WAIT_SECONDS = 20.0
 """How long any one thing may take before a test fails with a message."""
 
@@ -260,6 +261,7 @@ def service_process(
     args: Sequence[str] = (),
     *,
     wait: Literal["ready", "listening", "nothing"] = "ready",
+    command: Sequence[str] = METASERVE,
 ) -> Iterator[ServiceProcess]:
     """Run `metaserve serve` on a free port; kill it at the end, if it still runs.
 
@@ -267,6 +269,7 @@ def service_process(
         env: variables beyond those of this process, whose own METASERVE_ ones do not count.
         args: further flags.
         wait: for what, before the process is handed over.
+        command: how `metaserve` is run.
     """
     inherited = {name: value for name, value in os.environ.items() if "METASERVE_" not in name}
     chosen = {
@@ -275,9 +278,8 @@ def service_process(
         "METASERVE_DRAIN_DELAY_S": "0",
         "PYTHONUNBUFFERED": "1",
     }
-    command = Path(sysconfig.get_path("scripts")) / "metaserve"
     process = subprocess.Popen(
-        [str(command), "serve", *args],
+        [*command, "serve", *args],
         env=inherited | chosen | dict(env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -103,6 +103,7 @@ PLAN = {
         "app.logs",
         "app.main",
         "app.settings",
+        "app.signals",
         "app.processes.shape",
         "app.processes.supervisor",
     },
@@ -165,7 +166,7 @@ PLAN = {
     },
     "app.offline": {"models.package", "app"},
     "app.main": {"models.package", "app"},
-    "app.__main__": {"app.cli"},
+    "app.__main__": {"app.cli", "app.signals"},
     "app.cli": {
         "models.package",
         "models.variants",

@@ -25,13 +25,17 @@ PNG, _ = held_out()[0]
 
 def processes(service: ServiceProcess) -> dict[str, int]:
     """Return name -> process id of the supervisor's children."""
-    parent = service.process.pid
+    return processes_of(service.process.pid)
+
+
+def processes_of(parent: int) -> dict[str, int]:
+    """Return name -> process id of a supervisor's children."""
     found = {}
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         try:
             seat = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
             found[json.loads(seat)["name"]] = int(pid)
-        except (FileNotFoundError, ProcessLookupError, IndexError, ValueError, KeyError):
+        except (FileNotFoundError, ProcessLookupError, IndexError, ValueError, KeyError, TypeError):
             continue  # it is just beginning or ending
     return found
 
