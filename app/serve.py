@@ -8,6 +8,7 @@ from app.errors import StartupError
 from app.logs import configure_logs
 from app.processes.shape import choose_shape
 from app.settings import Settings
+from app.signals import ending_with_0
 
 # A process has up to 30 of its own.
 LEAST_OPEN_FILES = 64
@@ -23,15 +24,16 @@ def serve(settings: Settings) -> int:
     """
     configure_logs(settings.log_level, settings.log_format)
     check_open_files()
-    shape = choose_shape(settings)
-    if shape.is_one_process:
-        from app.main import serve_alone
+    with ending_with_0():
+        shape = choose_shape(settings)
+        if shape.is_one_process:
+            from app.main import serve_alone
 
-        return serve_alone(settings)
-    # A supervisor loads no HTTP server and no runtime; the test of the rooms looks.
-    from app.processes.supervisor import supervise
+            return serve_alone(settings)
+        # A supervisor loads no HTTP server and no runtime; the test of the rooms looks.
+        from app.processes.supervisor import supervise
 
-    return supervise(settings, shape)
+        return supervise(settings, shape)
 
 
 def check_open_files() -> None:

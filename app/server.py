@@ -11,6 +11,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 import uvicorn
@@ -22,11 +23,10 @@ from app.http.state import ServiceState
 
 log = logging.getLogger("metaserve.server")
 
-# Longer than balancers keep idle connections (60 s is usual), so that they close first and none of
-# them sends a request into a connection that is being closed.
-KEEP_ALIVE_SECONDS = 75
 # What the server gives connections beyond the drain timeout, for the refusals to be written.
 GRACE_SECONDS = 2.0
+# Of callers that arrive without end, when the port closes.
+MOST_AT_THE_END = 4096
 
 
 class Server(uvicorn.Server):
@@ -38,7 +38,7 @@ class Server(uvicorn.Server):
             app,
             http=protocol_class(settings.receive_timeout_ms / 1000),
             ws="none",
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_keep_alive=settings.keep_alive_s,  # type: ignore[arg-type]  # a float will do
             access_log=False,
             log_config=None,
             server_header=False,
@@ -50,6 +50,16 @@ class Server(uvicorn.Server):
         self.state = state
         self._signals: list[tuple[signal.Signals, bool]] = []
         self._stop_at: float | None = None
+
+    def new_protocol(self) -> asyncio.Protocol:
+        """Return what speaks on a new connection."""
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            _loop=None,
+        )
+        return protocol
 
     def stop(self) -> None:
         """Stop without a drain, from any thread."""
@@ -85,10 +95,23 @@ class Server(uvicorn.Server):
         if engine is not None:
             loop = asyncio.get_running_loop()
             timer = loop.call_later(self.state.settings.drain_timeout_s, engine.refuse_waiting)
+        await self._close_ports(sockets or [])
         await super().shutdown(sockets)
         if timer is not None:
             timer.cancel()
         log.info("stopped")
+
+    async def _close_ports(self, listeners: Sequence[socket.socket]) -> None:
+        """Cease to accept; those that the kernel has let in would be reset, and are served."""
+        last = [one for listener in listeners for one in take_waiting(listener)]
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in last:
+            try:
+                await loop.connect_accepted_socket(self.new_protocol, connection)
+            except OSError:  # it was reset before anything was said
+                connection.close()
 
     def _take(self, sig: signal.Signals, first: bool) -> None:
         loading = self.state.loaded is None
@@ -99,3 +122,17 @@ class Server(uvicorn.Server):
         else:
             self.stop_without_delay()
             log.info("%s: stopping", sig.name)
+
+
+def take_waiting(listener: socket.socket) -> Iterator[socket.socket]:
+    """Accept the connections that wait."""
+    listener.setblocking(False)
+    for _ in range(MOST_AT_THE_END):
+        try:
+            connection, _ = listener.accept()
+        except (ConnectionAbortedError, InterruptedError):
+            continue  # the caller left
+        except OSError:  # none is left, or no descriptor for it
+            return
+        connection.setblocking(False)
+        yield connection

@@ -142,6 +142,12 @@ class Settings(BaseSettings):
     stall_seconds: Annotated[float, Field(gt=0)] = Field(
         60.0, description="Liveness fails when work waits and nothing completes for this long."
     )
+    keep_alive_s: Annotated[float, Field(gt=0)] = Field(
+        75.0,
+        description="How long a connection may rest between two requests. Longer than the "
+        "balancer's own limit, so that it never sends on a connection that is being closed: 60 s "
+        "is usual, some keep theirs for 600 s or an hour.",
+    )
     drain_delay_s: Annotated[float, Field(ge=0)] = Field(
         5.0, description="How long SIGTERM keeps serving, unready, before it stops accepting."
     )

@@ -1,7 +1,12 @@
-"""Signals that end a command as its own code would: what was half written is removed."""
+"""Signals that end a command as its own code would: what was half written is removed.
+
+Process 1 of a container hears no signal that it has no handler for; every other process would be
+ended by it.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +16,29 @@ from types import FrameType
 ENDING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
+
+
+def be_ended_as_process_1() -> None:
+    """Let SIGTERM end this process as it would end any other, until somebody else hears it."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+
+
+@contextmanager
+def ending_with_0() -> Iterator[None]:
+    """Let SIGTERM end a service well that does not hear it itself: while it starts, and at its end.
+
+    There is nothing to finish yet, and nothing any more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    after = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        yield
+        after = signal.SIG_IGN  # it ends with 0 from here on, however often it is told
+    finally:
+        signal.signal(signal.SIGTERM, after)
 
 
 @contextmanager

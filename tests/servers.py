@@ -25,7 +25,7 @@ from app.engine.base import Profile
 from app.engine.timing import ServiceTimes
 from app.http.app import create_app
 from app.http.state import LoadedModel, ServiceState
-from app.listener import bind
+from app.listener import bind, url_of
 from app.main import build_state, load_model, wire_model
 from app.server import Server
 from app.settings import Settings
@@ -33,6 +33,7 @@ from app.types import Batch, Rows
 from models.package import PRETRAINED, open_package
 
 EMBEDDED = PRETRAINED / "caformer_digits"
+METASERVE = (str(Path(sysconfig.get_path("scripts")) / "metaserve"),)
 WAIT_SECONDS = 20.0
 """How long any one thing may take before a test fails with a message."""
 
@@ -161,8 +162,7 @@ def running_service(
         )
     server = Server(create_app(state), state)
     listener = bind(state.settings.host, state.settings.port)
-    host, port = listener.getsockname()[:2]
-    url = f"http://{host}:{port}"
+    url = url_of(listener)
     thread = threading.Thread(target=server.run, args=([listener],), name="server", daemon=True)
     thread.start()
     try:
@@ -261,7 +261,7 @@ def service_process(
     args: Sequence[str] = (),
     *,
     wait: Literal["ready", "listening", "nothing"] = "ready",
-    command: Sequence[str] = (),
+    command: Sequence[str] = METASERVE,
 ) -> Iterator[ServiceProcess]:
     """Run `metaserve serve` on a free port; kill it at the end, if it still runs.
 
@@ -269,7 +269,7 @@ def service_process(
         env: variables beyond those of this process, whose own METASERVE_ ones do not count.
         args: further flags.
         wait: for what, before the process is handed over.
-        command: what to run instead of `metaserve serve`.
+        command: how `metaserve` is run.
     """
     inherited = {name: value for name, value in os.environ.items() if "METASERVE_" not in name}
     chosen = {
@@ -278,9 +278,8 @@ def service_process(
         "METASERVE_DRAIN_DELAY_S": "0",
         "PYTHONUNBUFFERED": "1",
     }
-    installed = str(Path(sysconfig.get_path("scripts")) / "metaserve"), "serve"
     process = subprocess.Popen(
-        [*(command or installed), *args],
+        [*command, "serve", *args],
         env=inherited | chosen | dict(env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

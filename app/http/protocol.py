@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import select
 from typing import Any
 
 import httptools
@@ -26,7 +27,8 @@ from app.http.heads import MAX_HEAD_BYTES, MAX_HEADERS, MAX_URL_BYTES, BadHead, 
 
 access_log = logging.getLogger("metaserve.access")
 
-# For the first request of a connection that was made just before the server stops.
+# How long the first request of a connection that was made just before the server stops may take to
+# begin; how often is looked whether a request that has begun is there when it stops.
 FIRST_REQUEST_SECONDS = 0.5
 
 
@@ -47,7 +49,7 @@ class PatientProtocol(HttpToolsProtocol):
     _in_head = True  # the next byte belongs to a head
     _heads = 0  # that were complete
     _head_bytes = 0  # of reads that held nothing else
-    _awaits_first = False  # the server stops, and no request has come yet
+    _awaits_first = False  # the server stops and has waited for a first request
     _ended = False  # nothing that comes now is a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -142,9 +144,11 @@ class PatientProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Close when the server stops: at once where nothing is under way.
 
-        A first request may be on its way: to close now would reset the connection.
+        To close while a request is coming would reset the connection, and the request be lost.
         """
-        if self._heads == 0 and not self._awaits_first:
+        if self.transport.is_closing():
+            return
+        if self._is_request_coming():
             self._awaits_first = True
             self.loop.call_later(FIRST_REQUEST_SECONDS, self.shutdown)
             return
@@ -157,6 +161,19 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
+
+    def _is_request_coming(self) -> bool:
+        """Return whether a request may be on its way, has begun, or waits to be read."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False  # the server waits for its reply
+        awaits_first = self._heads == 0 and not self._awaits_first
+        return awaits_first or self._in_message or self._has_unread_bytes()
+
+    def _has_unread_bytes(self) -> bool:
+        """Return whether the kernel holds what the loop has not come to read yet."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._caller = Caller(cycle)

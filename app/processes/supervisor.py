@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from app.engine.shared.board import Board
@@ -186,8 +186,9 @@ class Supervisor:
         reading.setblocking(False)
         writing.setblocking(False)
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
-        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        # Before the handlers, which do nothing: a signal in between would be lost.
         wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
         try:
             yield reading
         finally:
@@ -226,6 +227,7 @@ class Supervisor:
             code = child.poll()
             if code is not None:
                 self._bury(child, code)
+        reap_orphans({child.pid for child in self._children})
         if self._is_stopping:
             self._end_engine_last()
         else:
@@ -297,6 +299,23 @@ class Supervisor:
             dues += [child.due_at for child in self._children if child.pid is None]
         first = min(dues, default=math.inf)
         return max(first - time.monotonic(), 0.0) if first < math.inf else None
+
+
+def reap_orphans(own: Container[int | None]) -> None:
+    """Take note of the ends of processes that came to us because their parents had ended.
+
+    Process 1 of a container gets them: compilers of an engine that was killed, what was begun in
+    a shell beside it. They would stay in the table of processes for good.
+
+    Args:
+        own: children whose end somebody else takes note of.
+    """
+    with suppress(ChildProcessError):
+        # Only looked at, since it may be one of ours; then its end wakes us once more.
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid in own:
+                return
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def _what_to_raise(error: OSError) -> str:

@@ -64,7 +64,7 @@ class WorkerServer(Server):
         (listener,) = sockets
         listener.setblocking(False)
         self._acceptor = Acceptor(
-            listener, self._new_protocol, self._may_accept, self._lead, self._count_connections
+            listener, self.new_protocol, self._may_accept, self._lead, self._count_connections
         )
         asyncio.get_running_loop().add_reader(self._seat.life, self._outlive_supervisor)
         if self._on_start is not None:
@@ -88,7 +88,7 @@ class WorkerServer(Server):
         if self._starting is not None:
             self._starting.cancel()
         beating = asyncio.create_task(self._beat())  # the drain may take long: keep publishing
-        await super().shutdown(sockets)
+        await super().shutdown()
         beating.cancel()
 
     def publish(self) -> None:
@@ -125,15 +125,6 @@ class WorkerServer(Server):
 
     def _count_connections(self) -> None:
         self._roster.count_connections(self._seat.row, self._connections())
-
-    def _new_protocol(self) -> asyncio.Protocol:
-        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
-            config=self.config,
-            server_state=self.server_state,
-            app_state=self.lifespan.state,
-            _loop=None,
-        )
-        return protocol
 
     def _outlive_supervisor(self) -> None:
         """Finish what was admitted and go: nobody would start or end this process any more."""

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.engine.base import EngineStatus
+from app.http.protocol import FIRST_REQUEST_SECONDS, PatientProtocol
 from tests.http.wire import Wire, best_classes, check_error, grey, http, parts
 from tests.servers import WAIT_SECONDS, RunningService, WatchedBackend, running_service, wait_until
 
@@ -440,6 +442,15 @@ def test_a_connection_that_rests_is_not_cut_off_by_impatience(impatient: Running
         assert wire.read_reply().status_code == 200
 
 
+def test_a_connection_that_rests_too_long_is_closed() -> None:
+    with running_service(keep_alive_s=0.1) as service, service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(http("GET", "/livez"))
+        reply = wire.read_reply()
+        assert "connection" not in reply.headers
+        assert sock.recv(1) == b"", "it is closed, not reset"
+
+
 def test_a_caller_that_does_not_read_its_reply_is_cut_off(impatient: RunningService) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -592,3 +603,90 @@ def test_a_connection_made_just_before_the_end_may_send_its_first_request() -> N
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert b"connection: close" in answer
         assert silent.recv(1) == b"", "it is closed, not reset"
+
+
+@contextmanager
+def ending_under(service: RunningService, sock: socket.socket) -> Iterator[None]:
+    """Hold the service's loop while the block sends; then end the connection, before it is read."""
+    address = sock.getsockname()
+    (protocol,) = [
+        one
+        for one in service.server.server_state.connections
+        if isinstance(one, PatientProtocol) and one.client == address
+    ]
+    is_held, has_sent = threading.Event(), threading.Event()
+
+    def end() -> None:
+        is_held.set()
+        has_sent.wait(WAIT_SECONDS)
+        service.state.draining = True
+        protocol.shutdown()
+
+    protocol.loop.call_soon_threadsafe(end)
+    assert is_held.wait(WAIT_SECONDS)
+    try:
+        yield
+    finally:
+        has_sent.set()
+
+
+@pytest.mark.parametrize("sent", ["all of it", "its head in part", "its body in part"])
+def test_a_request_that_arrives_while_its_connection_is_being_closed_is_answered(
+    sent: str,
+) -> None:
+    request = http("POST", "/classify", grey(255))
+    length = {"all of it": len(request), "its head in part": 20, "its body in part": -20}[sent]
+    with running_service() as service, service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(http("GET", "/livez"))
+        assert wire.read_reply().status_code == 200
+
+        with ending_under(service, sock):
+            wire.send(request[:length])
+        service.client.get("/livez")  # the loop has turned
+        wire.send(request[length:] if length < len(request) else b"")
+
+        reply = wire.read_reply()
+        assert best_classes([reply.json()]) == [9]
+        assert reply.headers["connection"] == "close"
+        assert wire.read_end() == b""
+
+
+def test_a_request_that_has_begun_is_answered_though_the_service_stops() -> None:
+    request = http("POST", "/classify", grey(255))
+    with running_service() as service, service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(http("GET", "/livez") + request[:20])
+        assert wire.read_reply().status_code == 200
+        with ending_under(service, sock):
+            pass
+        service.client.get("/livez")
+        wire.send(request[20:])
+
+        assert best_classes([wire.read_reply().json()]) == [9]
+        assert wire.read_end() == b""
+
+
+def test_a_refused_body_that_still_arrives_is_read_though_the_service_stops() -> None:
+    request = http("POST", "/nope", bytes(300_000))
+    with running_service() as service, service.connect() as sock:
+        wire = Wire(sock)
+        wire.send(request[:200_000])
+        check_error(wire.read_reply(), 404, "not_found")
+        with ending_under(service, sock):
+            wire.send(request[200_000:250_000])
+        service.client.get("/livez")
+        wire.send(request[250_000:])
+
+        assert sock.recv(1) == b"", "it is closed, not reset"
+
+
+def test_connections_that_rest_are_closed_at_once_when_the_service_stops() -> None:
+    with running_service() as service, service.connect() as resting:
+        wire = Wire(resting)
+        wire.send(http("GET", "/livez"))
+        assert wire.read_reply().status_code == 200
+        with ending_under(service, resting):
+            pass
+        resting.settimeout(FIRST_REQUEST_SECONDS / 2)
+        assert wire.read_end() == b""

@@ -44,7 +44,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    fragile = (sys.executable, "-m", "tests.monitoring.fragile_service", "serve")
+    fragile = (sys.executable, "-m", "tests.monitoring.fragile_service")
     several = SMALL | {
         "METASERVE_WORKERS": "2",
         "METASERVE_ENGINE": "shared",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import threading
 import uuid
 from collections import Counter
@@ -24,13 +25,17 @@ PNG, _ = held_out()[0]
 
 def processes(service: ServiceProcess) -> dict[str, int]:
     """Return name -> process id of the supervisor's children."""
-    parent = service.process.pid
+    return processes_of(service.process.pid)
+
+
+def processes_of(parent: int) -> dict[str, int]:
+    """Return name -> process id of a supervisor's children."""
     found = {}
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         try:
             seat = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]
             found[json.loads(seat)["name"]] = int(pid)
-        except (FileNotFoundError, ProcessLookupError, IndexError, ValueError, KeyError):
+        except (FileNotFoundError, ProcessLookupError, IndexError, ValueError, KeyError, TypeError):
             continue  # it is just beginning or ending
     return found
 
@@ -177,6 +182,39 @@ class Load:
         with self._changed:
             self.answers[answer] += 1
             self._changed.notify_all()
+
+
+def reconnect_through_sigterm(service: ServiceProcess, callers: int = 8) -> Counter[str]:
+    """Ask again and again, on a new connection each time, until the port is closed.
+
+    Returns how often each answer came; the refusals at the end are checked and left out.
+    """
+    answers: Counter[str] = Counter()
+
+    def call_until_refused() -> None:
+        while True:
+            try:
+                caller = Caller(service)
+            except ConnectionRefusedError:
+                answers["refused"] += 1
+                return
+            try:
+                answers[str(caller.classify()[0])] += 1
+            except OSError as error:
+                answers[type(error).__name__] += 1
+            finally:
+                caller.close()
+
+    threads = [threading.Thread(target=call_until_refused, daemon=True) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: answers["200"] >= 20, "callers are answered")
+    send(service.process.pid, signal.SIGTERM)
+    assert service.wait_exit() == 0
+    for thread in threads:
+        thread.join(WAIT_SECONDS)
+    assert answers.pop("refused") == callers, answers
+    return answers
 
 
 def send(pid: int, number: int) -> None:

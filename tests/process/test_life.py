@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from examples.digits.data import held_out
-from tests.process.callers import sample
+from tests.process.callers import reconnect_through_sigterm, sample
 from tests.servers import EMBEDDED, ServiceProcess, service_process, wait_until
 
 PNG, _ = held_out()[0]
@@ -153,6 +153,13 @@ def test_admitted_requests_are_answered_after_the_port_has_closed() -> None:
         assert len(waiting) >= 4, "the port closed too late to show anything"
         assert {call.result(timeout=60).status_code for call in calls} == {200}
         assert service.wait_exit() == 0
+
+
+def test_callers_that_reconnect_through_sigterm_are_answered_or_refused() -> None:
+    env = {"METASERVE_BACKEND": "fake", "METASERVE_DRAIN_DELAY_S": "0.3"}
+    with service_process(env) as service:
+        answers = reconnect_through_sigterm(service)
+    assert set(answers) <= {"200", "503"}, answers
 
 
 def classify(service: ServiceProcess) -> httpx.Response:

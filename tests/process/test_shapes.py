@@ -7,9 +7,7 @@ import json
 import shutil
 import signal
 import socket
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,16 @@ import httpx
 import pytest
 
 from models.package import MANIFEST
-from tests.process.callers import Caller, Load, caller_of_each, lives, processes, sample, send
+from tests.process.callers import (
+    Caller,
+    Load,
+    caller_of_each,
+    lives,
+    processes,
+    reconnect_through_sigterm,
+    sample,
+    send,
+)
 from tests.servers import EMBEDDED, ServiceProcess, service_process, wait_until
 
 PAIR = {
@@ -221,36 +228,9 @@ def test_sigterm_drains_every_process_and_leaves_nothing(shape: str, tmp_path: P
 
 
 def test_callers_that_reconnect_through_sigterm_are_answered_or_refused(shape: str) -> None:
-    answers: Counter[str] = Counter()
-
-    def call_until_refused(service: ServiceProcess) -> None:
-        while True:
-            try:
-                caller = Caller(service)
-            except ConnectionRefusedError:
-                answers["refused"] += 1
-                return
-            try:
-                answers[str(caller.classify()[0])] += 1
-            except OSError as error:
-                answers[type(error).__name__] += 1
-            finally:
-                caller.close()
-
-    with service_process(PAIR | SHAPES[shape] | {"METASERVE_DRAIN_DELAY_S": "0.3"}) as service:
-        threads = [
-            threading.Thread(target=call_until_refused, args=(service,), daemon=True)
-            for _ in range(8)
-        ]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: answers["200"] >= 20, "callers are answered")
-        service.process.send_signal(signal.SIGTERM)
-        assert service.wait_exit() == 0
-        for thread in threads:
-            thread.join(20)
-
-    assert answers.pop("refused") == 8, answers
+    env = PAIR | SHAPES[shape] | {"METASERVE_DRAIN_DELAY_S": "0.3"}
+    with service_process(env) as service:
+        answers = reconnect_through_sigterm(service)
     assert set(answers) <= {"200", "503"}, answers
 
 
