@@ -5,6 +5,7 @@ The comments name the checks of linters, as in test_pods.py.
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
@@ -159,7 +160,8 @@ def test_policies_name_peers_and_ports(overlay: str) -> None:
         for rule in policy["ingress"]:
             assert rule["from"]
             for peer in rule["from"]:
-                assert peer.get("namespaceSelector") != {}, "every namespace of the cluster"
+                if "namespaceSelector" in peer:
+                    assert peer["namespaceSelector"]["matchLabels"], "the whole cluster"
             for port in rule["ports"]:
                 assert port["port"] in workload.ports
         for rule in policy["egress"]:
@@ -168,15 +170,16 @@ def test_policies_name_peers_and_ports(overlay: str) -> None:
 
 
 @everywhere
-def test_only_prometheus_reaches_the_metrics(overlay: str) -> None:
-    for policy in _own_policies(overlay):
+def test_prometheus_alone_reaches_the_metrics(overlay: str) -> None:
+    monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+    for workload in workloads(overlay):
         rules = [
             rule["from"]
-            for rule in policy["ingress"]
+            for rule in _policy_of(overlay, workload)["ingress"]
             if any(port["port"] == "metrics" for port in rule["ports"])
         ]
-        monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
-        assert rules in ([], [[{"namespaceSelector": monitoring}]])
+        has_metrics = "metrics" in workload.ports
+        assert rules == ([[{"namespaceSelector": monitoring}]] if has_metrics else [])
 
 
 @pytest.mark.parametrize("overlay", [one for one in OVERLAYS if one != "triton"])
@@ -229,18 +232,25 @@ def test_the_export_ends_and_goes_away(overlay: str) -> None:
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"
 
 
-def test_the_exports_write_what_the_overlays_read() -> None:
-    for export, reader in (("export", "gpu"), ("export-triton", "triton")):
-        (job,) = workloads(export)
-        hashed = job.pod["containers"][0]["command"][-1]
-        check = _deployment(reader, "metaserve").pod["initContainers"][0]
-        model = environment(reader, check)["METASERVE_MODEL"]
-        package = model if model.startswith("/") else f"/models/{model}"
-        assert hashed == f"{package}/manifest.json"
-        arguments = " ".join(job.pod["initContainers"][0]["args"])
-        assert package.startswith(arguments.replace("=", " ").split("--out ")[1])
+@pytest.mark.parametrize(
+    ("export", "reader", "into"),
+    [("export", "gpu", "{out}"), ("export-triton", "triton", "{out}/caformer_s18/1")],
+)
+def test_the_exports_write_what_the_overlays_read(export: str, reader: str, into: str) -> None:
+    (job,) = workloads(export)
+    arguments = " ".join(job.pod["initContainers"][0]["args"]).replace("=", " ").split()
+    package = into.format(out=arguments[arguments.index("--out") + 1])
+    server = _deployment(reader, "metaserve")
+    model = environment(reader, server.pod["initContainers"][0])["METASERVE_MODEL"]
+    assert str(PurePosixPath("/models", model)) == package
+    assert job.pod["containers"][0]["command"] == ["sha256sum", f"{package}/manifest.json"]
+
+
+def test_triton_serves_the_repository_that_the_export_writes() -> None:
+    (job,) = workloads("export-triton")
     (container,) = _deployment("triton", "metaserve-triton").pod["containers"]
-    assert f"--model-repository={package.rpartition('/caformer')[0]}" in container["args"]
+    assert "--out=/models/triton" in job.pod["initContainers"][0]["args"]
+    assert "--model-repository=/models/triton" in container["args"]
 
 
 @pytest.mark.parametrize(
