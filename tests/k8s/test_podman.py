@@ -30,8 +30,8 @@ def test_podman_plays_the_base() -> None:
     assert container["image"].startswith("localhost/metaserve:")
     assert container["imagePullPolicy"] == "Never"
     assert {one["containerPort"]: one["hostPort"] for one in container["ports"]} == {
-        8000: 18000,
-        9000: 19000,
+        8000: 28080,
+        9000: 29090,
     }
     for one in (ours, theirs):
         del one["spec"]["replicas"]
