@@ -3,6 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON_VENV := .venv-triton
+K8S_VENV := .venv-k8s
 # `make serve PYTHON=/path/to/python3.12` names another interpreter.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 NOT_INSTALLED := echo "metaserve could not install its packages (see above); check that this \
 machine reaches a package index, then run make again" >&2; exit 2
 
-.PHONY: help serve test lint types format docs export-tools bench bench-gpu bench-graph bench-decoding locks image test-image dashboard clean
+.PHONY: help serve test lint types format docs k8s-rules export-tools bench bench-gpu bench-graph bench-decoding locks image test-image dashboard clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,7 +21,7 @@ serve: $(VENV)/.serve ## set up the small runtime and serve on http://localhost:
 	@echo "  curl --data-binary @examples/images/scan_three.png http://localhost:$${METASERVE_PORT:-8000}/classify"
 	@$(BIN)/metaserve serve
 
-test: $(VENV)/.test $(TRITON_VENV)/.ready ## set up everything and run all tests
+test: $(VENV)/.test $(TRITON_VENV)/.ready $(K8S_VENV)/.ready ## set up everything and run all tests
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.test ## ruff: rules and format
@@ -37,6 +38,11 @@ format: $(VENV)/.test ## let ruff put the code in shape
 docs: $(VENV)/.serve ## write docs/settings.md, and the metrics in docs/operations.md, again from the code
 	@$(BIN)/python -m app.settings_page > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
 	@$(BIN)/python -m app.metrics_page docs/operations.md
+
+RULE := k8s/components/prometheus-operator/prometheus-rule.yaml
+k8s-rules: ## write the PrometheusRule of k8s/ again from deploy/prometheus/alerts.yml
+	@{ sed '/^spec:$$/q' $(RULE); sed 's/^./  &/' deploy/prometheus/alerts.yml; } > $(RULE).new
+	@mv $(RULE).new $(RULE)
 
 bench: $(VENV)/.test ## the service against the machine and a hand-written one (20 minutes; ONLY=tiny,photo)
 	@$(BIN)/python -m benchmarks.serving --only "$(ONLY)"
@@ -65,7 +71,7 @@ test-image: $(VENV)/.test ## run the built image for real and hold it to its pro
 	@METASERVE_IMAGE_ENGINE="$(ENGINE)" $(BIN)/python -m pytest -s tests/image
 
 clean: ## remove the virtual environment and caches
-	@rm -rf $(VENV) $(TRITON_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	@rm -rf $(VENV) $(TRITON_VENV) $(K8S_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 export-tools: $(VENV)/.export ## add torch and the exporter to the runtime
 
@@ -99,6 +105,16 @@ $(TRITON_VENV)/.ready: constraints-triton.txt | $(BIN)/python
 	--quiet --disable-pip-version-check --constraint $< nvidia-pytriton onnxruntime; \
 	then touch $@; else rm -rf $(TRITON_VENV); \
 	echo "no Triton server can be installed here (see above); its tests are skipped" >&2; fi
+
+# Validators of the Kubernetes manifests. checkov wants versions of its own of what others use too,
+# hence a place of its own; where it cannot be had those tests are skipped and say so.
+$(K8S_VENV)/.ready: constraints-k8s.txt | $(BIN)/python
+	@echo "Setting up $(K8S_VENV): validators of Kubernetes manifests (a minute, once) ..."
+	@rm -rf $(K8S_VENV)
+	@if $(BIN)/python -m venv $(K8S_VENV) && $(K8S_VENV)/bin/python -m pip install --quiet --quiet \
+	--disable-pip-version-check --constraint $< kubernetes-validate checkov; \
+	then touch $@; else rm -rf $(K8S_VENV); \
+	echo "no validators of manifests can be installed here (see above); their tests are skipped" >&2; fi
 
 $(BIN)/python:
 	@"$(or $(PYTHON),none)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
