@@ -14,7 +14,7 @@ machine reaches a package index, then run make again" >&2; exit 2
 .PHONY: help serve test lint types format docs k8s-rules export-tools bench bench-gpu bench-graph bench-decoding locks image test-image dashboard clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 serve: $(VENV)/.serve ## set up the small runtime and serve on http://localhost:8000
 	@echo "When it says ready, type in another terminal:"
