@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MultipleLocator
@@ -61,10 +62,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Line:
-    """One series: its legend, and points in seconds since the beginning."""
+    """One series: its legend, and points in seconds since the beginning.
+
+    A value that is none, as the percentile of no requests, leaves a gap.
+    """
 
     legend: str
     points: list[tuple[float, float]]
+
+    @property
+    def values(self) -> list[float]:
+        """Those that are some."""
+        return [value for _, value in self.points if math.isfinite(value)]
 
 
 def draw(url: str, span: Span, out: Path, dashboard: Path = DASHBOARD) -> None:
@@ -91,9 +100,9 @@ def in_words(unit: str) -> Callable[[float], str]:
         "s": _seconds,
         "percentunit": lambda value: f"{100 * value:.3g} %",
         "bytes": lambda value: f"{value / 2**20:.4g} MiB",
-        "reqps": lambda value: f"{value:.3g}/s",
-        "ops": lambda value: f"{value:.3g}/s",
-        "none": lambda value: f"{value:.3g}",
+        "reqps": lambda value: f"{value:.4g}/s",
+        "ops": lambda value: f"{value:.4g}/s",
+        "none": lambda value: f"{value:.4g}",
     }
     return words[unit]
 
@@ -118,11 +127,7 @@ def _lines(client: httpx.Client, target: dict[str, Any], span: Span) -> list[Lin
     return [
         Line(
             _legend(target["legendFormat"], series["metric"]),
-            [
-                (at - span.begin, float(value))
-                for at, value in series["values"]
-                if math.isfinite(float(value))
-            ],
+            [(at - span.begin, float(value)) for at, value in series["values"]],
         )
         for series in reply.json()["data"]["result"]
     ]
@@ -176,8 +181,8 @@ def _draw_panel(
 
 
 def _draw_number(axes: Axes, defaults: dict[str, Any], lines: list[Line]) -> None:
-    points = [point for line in lines for point in line.points]
-    value = points[-1][1] if points else None
+    values = [value for line in lines for value in line.values]
+    value = values[-1] if values else None
     shown = "no data" if value is None else in_words(defaults["unit"])(value)
     colour = "black"
     for step in defaults["thresholds"]["steps"]:
@@ -202,7 +207,7 @@ def _draw_lines(
             axes.plot(*zip(*line.points, strict=True), label=line.legend, linewidth=1.2)
     begin, end = times
     axes.set_xlim(begin, end)
-    highest = max((value for line in lines for _, value in line.points), default=0.0)
+    highest = max((value for line in lines for value in line.values), default=0.0)
     axes.set_ylim(0, None if highest else 1)
     if not highest:
         axes.set_yticks([0])
@@ -231,7 +236,7 @@ def _draw_lines(
 
 def _draw_stacked(axes: Axes, lines: list[Line]) -> None:
     times = sorted({at for line in lines for at, _ in line.points})
-    layers = [[dict(line.points).get(at, 0.0) for at in times] for line in lines]
+    layers = [np.nan_to_num([dict(line.points).get(at, 0.0) for at in times]) for line in lines]
     axes.stackplot(times, layers, labels=[line.legend for line in lines], alpha=0.7)
 
 
