@@ -23,8 +23,9 @@ def settings_of(service: str) -> Settings:
     given: dict[str, Any] = {
         name.removeprefix(PREFIX).lower(): DEFAULT.sub(lambda match: match[2], value)
         for name, value in SERVICES[service]["environment"].items()
+        if value is not None  # handed on where it is set
     }
-    return Settings(**{name: value for name, value in given.items() if value})
+    return Settings(**given)
 
 
 @pytest.mark.parametrize("name", SERVICES)
