@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from app.bench.plan import Plan, build_request, parse_url
-from app.bench.recording import Phase, summarise
+from app.bench.recording import Summary, summarise
 from app.bench.run import measure
 from app.bench.server_process import CannotStart
 from app.cpu import cpu_limit
@@ -115,7 +115,8 @@ def _round(
     for connections in CONNECTIONS:
         for server in servers:
             cpu = server.cpu_seconds()
-            phase = _bench(load, server, connections=connections, seconds=load.seconds)
+            summary = _bench(load, server, connections=connections, seconds=load.seconds)
+            phase = summary.phases[-1]
             spent = server.cpu_seconds() - cpu
             key = f"{server.name} {connections}"
             row[f"rate {key}"] = phase.goodput
@@ -124,6 +125,7 @@ def _round(
             # The warm-up's requests cost as much and are not in `offered`.
             requests = phase.offered * (1 + WARMUP / load.seconds)
             row[f"cpu {key}"] = 1000 * spent / max(requests, 1)
+            row[f"generator {key}"] = summary.cpu_ms_per_1000 / 1000
             _say(f"  {key} connections: {phase.goodput:.1f}/s, {row[f'cpu {key}']:.2f} CPU s/1000")
     return row
 
@@ -131,16 +133,17 @@ def _round(
 WARMUP = 0.5
 
 
-def _bench(load: Load, server: Server, **fields: Any) -> Phase:
+def _bench(load: Load, server: Server, **fields: Any) -> Summary:
     target = parse_url(server.url, "classify")
     plan = Plan(target, (build_request(target, load.image, {}),), warmup_seconds=WARMUP, **fields)
-    return summarise(measure(plan), plan).phases[-1]
+    return summarise(measure(plan), plan)
 
 
 def _open_loop(load: Load, server: Server, capacity: float) -> list[dict[str, float]]:
     points = []
     for share in SHARES:
-        phase = _bench(load, server, rates=(share * capacity,), seconds=1.5 * load.seconds)
+        rates = (share * capacity,)
+        phase = _bench(load, server, rates=rates, seconds=1.5 * load.seconds).phases[-1]
         latency = phase.good.percentiles if phase.good else {}
         points.append(
             {

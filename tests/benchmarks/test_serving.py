@@ -106,3 +106,17 @@ def test_a_server_that_cannot_start_gives_its_reason() -> None:
         ours(load(picture.getvalue()), "nosuch", 1),
     ):
         pass
+
+
+def test_decoding_is_compared_with_what_the_load_generator_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "cpu_limit", lambda: 2)
+    server = "ours, scaled, 2 proc. 32"
+    rounds = {
+        f"rate {server}": [800.0],
+        "decode limit scaled": [1000.0],
+        f"generator {server}": [0.5],  # 0.4 of two CPUs
+    }
+    (row,) = report._with_what_is_left(rounds, server, "scaled")
+    assert row.endswith("| - | 1.00 | |")
