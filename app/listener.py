@@ -1,14 +1,21 @@
-"""The listening socket: opened once, and how callers reach it."""
+"""The listening socket: opened once, emptied at the end, and how callers reach it."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import socket
+from collections.abc import Callable, Iterator
 
 from app.errors import StartupError
 from app.settings import Settings
 
+log = logging.getLogger("metaserve.server")
+
 BACKLOG = 2048
+# Of callers that arrive without end, when the port closes.
+MOST_AT_THE_END = 4096
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -31,6 +38,46 @@ def bind(host: str, port: int) -> socket.socket:
         }
         fallback = f"cannot listen on {host}:{port}: {error.strerror}"
         raise StartupError(reasons.get(error.errno or 0, fallback)) from error
+
+
+def complain(error: OSError) -> None:
+    """Say that a connection waits in vain."""
+    is_full = error.errno in (errno.EMFILE, errno.ENFILE)
+    remedy = "; allow more open files (ulimit -n)" if is_full else ""
+    log.error("connections cannot be accepted: %s%s", error, remedy)
+
+
+def take_waiting(
+    listener: socket.socket, on_error: Callable[[OSError], None] = complain
+) -> Iterator[socket.socket]:
+    """Accept the connections that wait, before the port closes: they would be reset.
+
+    Args:
+        listener: non-blocking.
+        on_error: told why the rest of them is left.
+    """
+    for _ in range(MOST_AT_THE_END):
+        try:
+            connection, _ = listener.accept()
+        except (ConnectionAbortedError, InterruptedError):
+            continue  # the caller left
+        except BlockingIOError:
+            return  # none is left
+        except OSError as error:
+            on_error(error)
+            return
+        connection.setblocking(False)
+        yield connection
+
+
+async def serve_accepted(
+    new_protocol: Callable[[], asyncio.Protocol], connection: socket.socket
+) -> None:
+    """Let a protocol speak on an accepted connection."""
+    try:
+        await asyncio.get_running_loop().connect_accepted_socket(new_protocol, connection)
+    except OSError:  # it was reset before anything was said
+        connection.close()
 
 
 def url_of(listener: socket.socket) -> str:

@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -20,13 +20,12 @@ from starlette.types import ASGIApp
 from app.http.protocol import protocol_class
 from app.http.proxied import ForwardedOnly
 from app.http.state import ServiceState
+from app.listener import serve_accepted, take_waiting
 
 log = logging.getLogger("metaserve.server")
 
 # What the server gives connections beyond the drain timeout, for the refusals to be written.
 GRACE_SECONDS = 2.0
-# Of callers that arrive without end, when the port closes.
-MOST_AT_THE_END = 4096
 
 
 class Server(uvicorn.Server):
@@ -103,15 +102,13 @@ class Server(uvicorn.Server):
 
     async def _close_ports(self, listeners: Sequence[socket.socket]) -> None:
         """Cease to accept; those that the kernel has let in would be reset, and are served."""
+        for listener in listeners:
+            listener.setblocking(False)
         last = [one for listener in listeners for one in take_waiting(listener)]
         for server in self.servers:
             server.close()
-        loop = asyncio.get_running_loop()
         for connection in last:
-            try:
-                await loop.connect_accepted_socket(self.new_protocol, connection)
-            except OSError:  # it was reset before anything was said
-                connection.close()
+            await serve_accepted(self.new_protocol, connection)
 
     def _take(self, sig: signal.Signals, first: bool) -> None:
         loading = self.state.loaded is None
@@ -122,17 +119,3 @@ class Server(uvicorn.Server):
         else:
             self.stop_without_delay()
             log.info("%s: stopping", sig.name)
-
-
-def take_waiting(listener: socket.socket) -> Iterator[socket.socket]:
-    """Accept the connections that wait."""
-    listener.setblocking(False)
-    for _ in range(MOST_AT_THE_END):
-        try:
-            connection, _ = listener.accept()
-        except (ConnectionAbortedError, InterruptedError):
-            continue  # the caller left
-        except OSError:  # none is left, or no descriptor for it
-            return
-        connection.setblocking(False)
-        yield connection

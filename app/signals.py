@@ -1,7 +1,8 @@
-"""Signals that end a command as its own code would: what was half written is removed.
+"""What a signal does to a command that has not begun to hear it, or no longer does.
 
-Process 1 of a container hears no signal that it has no handler for; every other process would be
-ended by it.
+A command that writes files ends as its own code would, so that nothing half written is left; one
+that serves ends at once. Process 1 of a container hears no signal that it has no handler for; every
+other process would be ended by it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def be_ended_as_process_1() -> None:
 
 @contextmanager
 def ending_with_0() -> Iterator[None]:
-    """Let SIGTERM end a service well that does not hear it itself: while it starts, and at its end.
+    """Let SIGTERM end a service with 0 while it starts: there is nothing to finish yet.
 
-    There is nothing to finish yet, and nothing any more.
+    At its end SIGTERM changes nothing any more. In between the service hears it itself.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's

@@ -60,10 +60,10 @@ PLAN = {
         "app.engine.shared.board",
         "app.backends.base",
     },
-    "app.server": {"app.http.protocol", "app.http.proxied", "app.http.state"},
+    "app.server": {"app.http.protocol", "app.http.proxied", "app.http.state", "app.listener"},
     "app.listener": {"app.errors", "app.settings"},
     "app.processes": set[str](),
-    "app.processes.acceptor": set[str](),
+    "app.processes.acceptor": {"app.listener"},
     "app.processes.worker_server": {
         "app.processes.acceptor",
         "app.engine.base",

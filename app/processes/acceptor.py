@@ -10,12 +10,10 @@ afterwards.
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
 import socket
 from collections.abc import Callable
 
-log = logging.getLogger("metaserve.server")
+from app.listener import complain, serve_accepted, take_waiting
 
 # Out of descriptors or memory: the loop must not spin on a connection that cannot be taken.
 REST_SECONDS = 0.1
@@ -31,8 +29,6 @@ FREE_PART = 16
 # process is never held to less than 3200 connections a second.
 FIRST_PORTION = 2
 MOST_AT_ONCE = 16
-# Of callers that arrive without end, when this process accepts its last.
-MOST_AT_THE_END = 4096
 
 
 class Acceptor:
@@ -89,7 +85,8 @@ class Acceptor:
         may_accept, self._may_accept = self._may_accept(), lambda: False
         self.update()
         if may_accept:
-            self._accept(MOST_AT_THE_END)
+            for connection in take_waiting(self._listener, self._complain):
+                self._begin(connection)
         self._listener.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -125,30 +122,25 @@ class Acceptor:
                 self._rest(REST_SECONDS)
                 return
             connection.setblocking(False)
-            task = self._loop.create_task(self._serve(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            self._counted()
+            self._begin(connection)
+
+    def _begin(self, connection: socket.socket) -> None:
+        task = self._loop.create_task(serve_accepted(self._new_protocol, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._counted()
 
     def _complain(self, error: OSError) -> None:
         """Say that a connection waits in vain; again only after a while."""
         if self._loop.time() < self._quiet_until:
             return
         self._quiet_until = self._loop.time() + QUIET_SECONDS
-        is_full = error.errno in (errno.EMFILE, errno.ENFILE)
-        remedy = "; allow more open files (ulimit -n)" if is_full else ""
-        log.error("connections cannot be accepted: %s%s", error, remedy)
+        complain(error)
 
     def _rest(self, seconds: float) -> None:
         self._rests_until = self._loop.time() + seconds
         self.update()
         self._loop.call_later(seconds, self.update)
-
-    async def _serve(self, connection: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._new_protocol, connection)
-        except OSError:  # it was reset before anything was said
-            connection.close()
 
 
 def lead_beyond_chance(connections: int, least: int) -> int:

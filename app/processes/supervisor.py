@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from app.engine.shared.board import Board
 from app.errors import StartupError
@@ -188,11 +189,15 @@ class Supervisor:
         numbers = signal.SIGTERM, signal.SIGINT, signal.SIGCHLD
         # Before the handlers, which do nothing: a signal in between would be lost.
         wakeup = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, lambda *_: None) for number in numbers
+        }
         try:
             yield reading
         finally:
             signal.set_wakeup_fd(wakeup)
+            if self._is_stopping:  # a signal more must not keep what is left from being removed
+                before[signal.SIGTERM] = signal.SIG_IGN
             for number, handler in before.items():
                 signal.signal(number, handler)
             reading.close()
@@ -302,14 +307,16 @@ class Supervisor:
 
 
 def reap_orphans(own: Container[int | None]) -> None:
-    """Take note of the ends of processes that came to us because their parents had ended.
+    """Take note of the ends of processes that came to process 1 because their parents had ended.
 
-    Process 1 of a container gets them: compilers of an engine that was killed, what was begun in
-    a shell beside it. They would stay in the table of processes for good.
+    In a container that is us: compilers of an engine that was killed, what was begun in a shell
+    beside it. They would stay in the table of processes for good.
 
     Args:
         own: children whose end somebody else takes note of.
     """
+    if os.getpid() != 1:
+        return
     with suppress(ChildProcessError):
         # Only looked at, since it may be one of ours; then its end wakes us once more.
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.engine.base import EngineStatus
-from app.http.protocol import FIRST_REQUEST_SECONDS, PatientProtocol
+from app.http.protocol import PatientProtocol
 from tests.http.wire import Wire, best_classes, check_error, grey, http, parts
 from tests.servers import WAIT_SECONDS, RunningService, WatchedBackend, running_service, wait_until
 
@@ -606,8 +606,11 @@ def test_a_connection_made_just_before_the_end_may_send_its_first_request() -> N
 
 
 @contextmanager
-def ending_under(service: RunningService, sock: socket.socket) -> Iterator[None]:
-    """Hold the service's loop while the block sends; then end the connection, before it is read."""
+def ending_under(service: RunningService, sock: socket.socket) -> Iterator[list[bool]]:
+    """Hold the service's loop while the block sends; then end the connection, before it is read.
+
+    Gives a list that comes to hold whether that closed it at once.
+    """
     address = sock.getsockname()
     (protocol,) = [
         one
@@ -615,17 +618,19 @@ def ending_under(service: RunningService, sock: socket.socket) -> Iterator[None]
         if isinstance(one, PatientProtocol) and one.client == address
     ]
     is_held, has_sent = threading.Event(), threading.Event()
+    is_closing: list[bool] = []
 
     def end() -> None:
         is_held.set()
         has_sent.wait(WAIT_SECONDS)
         service.state.draining = True
         protocol.shutdown()
+        is_closing.append(protocol.transport.is_closing())
 
     protocol.loop.call_soon_threadsafe(end)
     assert is_held.wait(WAIT_SECONDS)
     try:
-        yield
+        yield is_closing
     finally:
         has_sent.set()
 
@@ -686,7 +691,7 @@ def test_connections_that_rest_are_closed_at_once_when_the_service_stops() -> No
         wire = Wire(resting)
         wire.send(http("GET", "/livez"))
         assert wire.read_reply().status_code == 200
-        with ending_under(service, resting):
+        with ending_under(service, resting) as is_closing:
             pass
-        resting.settimeout(FIRST_REQUEST_SECONDS / 2)
         assert wire.read_end() == b""
+        assert is_closing == [True], "it was not closed at once"

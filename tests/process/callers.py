@@ -21,6 +21,12 @@ from examples.digits.data import held_out
 from tests.servers import WAIT_SECONDS, ServiceProcess, wait_until
 
 PNG, _ = held_out()[0]
+SHAPES = {
+    "one": {},
+    "own": {"METASERVE_WORKERS": "2", "METASERVE_ENGINE": "own"},
+    "shared": {"METASERVE_WORKERS": "2", "METASERVE_ENGINE": "shared"},
+}
+"""Settings of every shape that a service may have."""
 
 
 def processes(service: ServiceProcess) -> dict[str, int]:

@@ -11,18 +11,15 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.http.wire import Wire, check_error, http
+from tests.process.callers import SHAPES
 from tests.servers import WAIT_SECONDS, ServiceProcess, service_process
 
-SHAPES = {
-    "one": {},
-    "own": {"METASERVE_WORKERS": "2", "METASERVE_ENGINE": "own"},
-    "shared": {"METASERVE_WORKERS": "2", "METASERVE_ENGINE": "shared"},
-}
 DELAY, TIMEOUT, GRACE = 0.2, 0.5, 5.0
 """Seconds: of the two settings, and what the documentation adds to them."""
 SOON = 5.0
@@ -81,8 +78,8 @@ def test_stuck_callers_do_not_hold_it_beyond_its_limits(shape: str) -> None:
         check_error(Wire(stuck_in_its_body).read_reply(), 503, "draining")
 
 
-def test_told_again_and_again_it_still_ends_with_0(shape: str) -> None:
-    with service_process(QUICK | SHAPES[shape]) as service:
+def test_told_again_and_again_it_still_ends_with_0(shape: str, tmp_path: Path) -> None:
+    with service_process(QUICK | SHAPES[shape] | {"TMPDIR": str(tmp_path)}) as service:
         asked_at = time.monotonic()
         while service.process.poll() is None:
             service.process.send_signal(signal.SIGTERM)
@@ -90,3 +87,4 @@ def test_told_again_and_again_it_still_ends_with_0(shape: str) -> None:
                 service.process.wait(0.005)
         assert service.wait_exit() == 0
         assert time.monotonic() - asked_at < SOON
+    assert list(tmp_path.iterdir()) == [], "its runtime directory is removed"

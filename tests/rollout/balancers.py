@@ -172,16 +172,18 @@ class Requests:
     def __init__(self, port: int, control: Path) -> None:
         self.port = port
         self._control = control
-        self._slots: list[int] = []
+        self._slots: dict[int, int] = {}  # of each port; one may come again
+        self._used = 0
 
     def enter(self, port: int) -> None:
-        self._slots.append(port)
-        server = f"instances/instance{len(self._slots)}"
+        self._used += 1
+        self._slots[port] = self._used
+        server = f"instances/instance{self._used}"
         self.tell(f"set server {server} addr 127.0.0.1 port {port}")
         self.tell(f"set server {server} state ready")
 
     def leave(self, port: int) -> None:
-        self.tell(f"set server instances/instance{self._slots.index(port) + 1} state maint")
+        self.tell(f"set server instances/instance{self._slots[port]} state maint")
 
     def count(self, column: str) -> int:
         """Return a column of the backend's statistics."""

