@@ -50,7 +50,10 @@ LABEL org.opencontainers.image.title="metaserve" \
 # A number above those of any host's users, so that it is nobody where it leaks out.
 RUN groupadd --gid 10001 metaserve \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin metaserve \
- && install --directory --owner=10001 --group=10001 /models
+ && install --directory --owner=10001 --group=10001 /models \
+ # Nothing is installed here any more.
+ && rm -rf $(python3 -c "import ensurepip, pip; print(*ensurepip.__path__, *pip.__path__)") \
+    /usr/local/bin/pip* /usr/bin/pip*
 ENV PATH=/opt/metaserve/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -65,7 +65,7 @@ locks: ## write deploy/requirements again: what the images install, with hashes
 # `make image ENGINE=podman`, or any other command that builds as docker does.
 ENGINE ?= docker
 image: ## build the cpu image
-	@$(ENGINE) build --tag metaserve:0.1.0 .
+	@$(ENGINE) build --build-arg REVISION="$$(git rev-parse HEAD)" --tag metaserve:0.1.0 .
 
 test-image: $(VENV)/.test ## run the built image for real and hold it to its promises
 	@METASERVE_IMAGE_ENGINE="$(ENGINE)" $(BIN)/python -m pytest -s tests/image

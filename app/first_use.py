@@ -8,6 +8,7 @@ services that start at once, one rename wins and the other service takes that pa
 from __future__ import annotations
 
 import errno
+import importlib.util
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,8 @@ from models.variants import find_variant
 END_SECONDS = 5.0
 # Much longer than an export takes.
 LEFT_SECONDS = 24 * 3600.0
+# Looked for, never imported here.
+EXPORTER = ("torch", "onnx", "onnxscript", "huggingface_hub")
 
 Say = Callable[[str], None]
 
@@ -44,7 +47,8 @@ def locate_package(settings: Settings, say: Say, relay: bool) -> Path:
 
     Raises:
         PackageError: there is no such package, and no published checkpoint of that name.
-        StartupError: the export cannot be stored, or failed and `say` was given its lines.
+        StartupError: there is no exporter, or the export cannot be stored, or it failed and `say`
+            was given its lines.
         SystemExit: the export failed and has said why (2), or SIGTERM came (143).
     """
     try:
@@ -57,6 +61,7 @@ def locate_package(settings: Settings, say: Say, relay: bool) -> Path:
         return find_package(variant, settings.model_store)
     except PackageNotFound:
         pass
+    _check_exporter(variant)
     store = _store(settings)
     if (store / variant).exists() and not (store / variant / MANIFEST).is_file():
         raise StartupError(
@@ -84,6 +89,17 @@ def remove_leftovers(store: Path) -> None:
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > LEFT_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_exporter(variant: str) -> None:
+    """Refuse where only packages can be served: a place to store one would not help."""
+    absent = [name for name in EXPORTER if importlib.util.find_spec(name) is None]
+    if absent:
+        raise StartupError(
+            f"there is no package {variant} yet, and nothing to export it with here "
+            f"(no {', '.join(absent)}); install metaserve[export,cpu], or export it elsewhere "
+            "and put it into METASERVE_MODEL_STORE"
+        )
 
 
 def _is_published(variant: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,15 @@ from tests.image.conftest import ENGINE
 from tests.servers import wait_until
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "metaserve:0.1.0"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+IMAGE = f"metaserve:{VERSION}"
+EXPORT = f"{IMAGE}-export"
+IMAGES = {
+    IMAGE: {"onnxruntime", "tritonclient", "cykooz_resizer"},
+    f"{IMAGE}-gpu": {"onnxruntime", "tritonclient", "cykooz_resizer", "torch"},
+    EXPORT: {"onnxruntime", "tritonclient", "torch", "onnx", "onnxscript", "huggingface_hub"},
+}
+"""Each with the libraries that tell it from the others."""
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 MB = 1_000_000
 CONFINED = (
@@ -147,11 +156,38 @@ def test_the_probe_of_its_health_check_tells_ready_from_not(confined: Container)
     assert len(said) == 1, done.stderr
 
 
-def test_it_is_small_and_holds_no_tools_to_build_or_install_with() -> None:
+def run_python(image: str, program: str, python: str = "python3") -> str:
+    return engine("run", "--rm", f"--entrypoint={python}", *CONFINED, image, "-c", program)
+
+
+def test_it_is_small() -> None:
     size, base = inspect(IMAGE)["Size"], inspect(BASE)["Size"]
     print(f"{IMAGE}: {size / MB:.0f} MB, {(size - base) / MB:.0f} MB beyond its base")
     assert size - base < 400 * MB
-    look = "import importlib.util as u, shutil; print([n for n in ('torch', 'pip', 'onnx') if "
-    look += "u.find_spec(n)], [n for n in ('gcc', 'cc', 'make') if shutil.which(n)])"
-    found = engine("run", "--rm", "--entrypoint=python3", *CONFINED, IMAGE, "-c", look)
-    assert found == "[] []"
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_holds_nothing_to_build_or_install_with(image: str) -> None:
+    tools = "import shutil; print([n for n in ('pip', 'pip3', 'gcc', 'cc', 'g++', 'make', 'ld') "
+    assert run_python(image, tools + "if shutil.which(n)])") == "[]"
+    modules = (
+        "import importlib.util as u; print([n for n in ('pip', 'ensurepip') if u.find_spec(n)])"
+    )
+    for python in "python3", run_python(image, "import sys; print(sys._base_executable)"):
+        assert run_python(image, modules, python) == "[]", python
+
+
+@pytest.mark.parametrize(("image", "has"), IMAGES.items())
+def test_an_image_has_what_it_is_for(image: str, has: set[str]) -> None:
+    config = inspect(image)["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Labels"]["org.opencontainers.image.version"] == VERSION
+    look = "import importlib.util as u; print(*[n for n in {} if u.find_spec(n)])"
+    names = sorted(set().union(*IMAGES.values(), {"app.probe"}))
+    found = run_python(image, look.format(names)).split()
+    assert set(found) == has | {"app.probe"}
+
+
+def test_the_image_that_exports_exports() -> None:
+    said = engine("run", "--rm", *CONFINED, EXPORT, "export", "--help")
+    assert "--checkpoint" in said

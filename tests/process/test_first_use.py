@@ -174,6 +174,16 @@ def test_without_the_export_tools_the_start_says_what_to_install(hub: Hub, tmp_p
     assert "cannot be exported on first use: this needs torch; install metaserve[export" in sentence
 
 
+def test_without_an_exporter_nobody_is_sent_to_look_for_a_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("app.first_use.EXPORTER", ("onnx", "no_such_library"))
+    assert main(["classify", "--model", NAME, "--model-store", "/proc", str(IMAGE)]) == 2
+    *_, sentence = capsys.readouterr().err.splitlines()
+    assert f"there is no package {NAME} yet, and nothing to export it with" in sentence
+    assert "(no no_such_library)" in sentence
+
+
 @pytest.mark.parametrize("place", ["store", "cache"])
 def test_a_place_that_cannot_be_written_is_named(
     tmp_path: Path,
