@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import yaml
 
 from app.settings import PREFIX, Settings
+from tests.deploy.test_dockerfile import VERSION
+from tests.k8s.rendered import OVERLAYS, render
 
 ROOT = Path(__file__).parents[2]
 FILE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 SERVICES: dict[str, dict[str, Any]] = FILE["services"]
 OURS = [name for name in SERVICES if name.startswith("metaserve")]
+# The Dockerfile's stage -> what its image's tag ends in.
+SUFFIXES = {"cpu": "", "gpu": "-gpu", "export": "-export"}
+NVIDIA = {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 DEFAULT = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
@@ -90,6 +95,75 @@ def test_grafana_finds_what_is_provisioned() -> None:
     assert sources["datasources"][0]["url"] == "http://prometheus:9090"
 
 
+@pytest.mark.parametrize("name", [*OURS, "export"])
+def test_a_read_only_container_has_somewhere_to_write(name: str) -> None:
+    assert "/tmp" in {one.partition(":")[0] for one in SERVICES[name]["tmpfs"]}
+
+
+def test_what_a_service_waits_for_is_there() -> None:
+    for name, service in SERVICES.items():
+        assert set(service.get("depends_on", [])) <= SERVICES.keys() - {name}, name
+
+
+def test_prometheus_reads_a_file_that_is_mounted() -> None:
+    command = " ".join(SERVICES["prometheus"]["command"])
+    (read,) = re.findall(r"--config\.file=(\S+)", command)
+    mounts = [one.split(":") for one in SERVICES["prometheus"]["volumes"]]
+    ((source, target),) = (one[:2] for one in mounts if one[0].startswith("./"))
+    assert (ROOT / source / PurePosixPath(read).relative_to(target)).is_file()
+
+
+@pytest.mark.parametrize("name", ["metaserve-gpu", "triton"])
+def test_what_runs_on_a_gpu_gets_one_and_shared_memory(name: str) -> None:
+    service = SERVICES[name]
+    assert service["deploy"]["resources"]["reservations"]["devices"] == [NVIDIA]
+    assert re.fullmatch(r"[1-9]\d*g", service["shm_size"]), "an engine gives 64 MB"
+
+
+def test_the_service_on_a_gpu_runs_there() -> None:
+    assert settings_of("metaserve-gpu").device == "cuda"
+    for name in ("metaserve", "metaserve-triton"):
+        assert "deploy" not in SERVICES[name], "these start without a GPU"
+        assert settings_of(name).device != "cuda"
+
+
+def test_the_service_before_triton_asks_the_one_that_is_started_with_it() -> None:
+    settings = settings_of("metaserve-triton")
+    assert (settings.backend, settings.triton_url) == ("triton", "triton:8001")
+    assert SERVICES["triton"]["profiles"] == SERVICES["metaserve-triton"]["profiles"]
+    (repository,) = re.findall(r"--model-repository=(\S+)", " ".join(SERVICES["triton"]["command"]))
+    # A version of a model of the repository, which both have mounted.
+    model = PurePosixPath(str(settings.model))
+    assert (model.name, str(model.parent.parent)) == ("1", repository)
+    assert settings.triton_model in (None, model.parent.name)
+    assert SERVICES["triton"]["volumes"] == SERVICES["metaserve-triton"]["volumes"]
+    for name in ("triton", "metaserve-triton"):
+        assert any(
+            PurePosixPath(repository).is_relative_to(one.split(":")[1])
+            for one in SERVICES[name]["volumes"]
+        )
+
+
+@pytest.mark.parametrize("name", [*OURS, "export"])
+def test_a_service_is_built_from_the_stage_of_its_image(name: str) -> None:
+    assert VERSION is not None
+    target = SERVICES[name]["build"]["target"]
+    wanted = {"metaserve-gpu": "gpu", "export": "export"}
+    assert target == wanted.get(name, "cpu")
+    assert SERVICES[name]["image"] == f"metaserve:{VERSION[1]}{SUFFIXES[target]}"
+
+
 def test_the_image_is_named_alike_everywhere() -> None:
-    images = {SERVICES[name]["image"] for name in OURS} | {SERVICES["export"]["image"]}
-    assert images == {"metaserve:0.1.0", "metaserve:0.1.0-gpu", "metaserve:0.1.0-export"}
+    assert VERSION is not None
+    ours = {f"metaserve:{VERSION[1]}{suffix}" for suffix in SUFFIXES.values()}
+    named = {
+        name: re.findall(r"(?<![\w/-])metaserve:[\w.-]+", (ROOT / name).read_text("utf-8"))
+        for name in ("docker-compose.yml", "Makefile", "Dockerfile")
+    } | {
+        # Rules and labels begin alike there.
+        folder: re.findall(r"image: (?:\S+/)?(metaserve:\S+)", render(folder))
+        for folder in OVERLAYS.values()
+    }
+    for place, found in named.items():
+        assert found, place
+        assert set(found) <= ours, place

@@ -17,11 +17,13 @@ def stages() -> dict[str, tuple[str, list[str]]]:
     """Return stage -> (what it starts from, its instructions)."""
     found: dict[str, tuple[str, list[str]]] = {}
     instructions: list[str] = []
-    for line in re.sub(r"\\\n\s*", " ", DOCKERFILE).splitlines():
+    # Comments first: they may stand within an instruction and do not end it.
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.M)
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if match := re.match(r"FROM (\S+) AS (\S+)$", line):
             instructions = []
             found[match[2]] = (match[1], instructions)
-        elif line.strip() and not line.startswith("#"):
+        elif line.strip():
             instructions.append(line)
     return found
 
@@ -64,7 +66,54 @@ def test_an_image_that_serves_asks_its_readiness(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["cpu", "gpu", "export"])
 def test_nothing_is_installed_in_the_final_stages(stage: str) -> None:
     runs = [line for line in lineage(stage) if line.startswith("RUN ")]
-    assert not [line for line in runs if re.search(r"\b(pip|apt|apt-get|curl)\b", line)]
+    installs = re.compile(r"\bpip3? |\b(apt|apt-get|curl)\b")
+    assert not [line for line in runs if installs.search(line)]
+
+
+@pytest.mark.parametrize("stage", ["cpu", "gpu", "export"])
+def test_an_image_holds_what_its_own_lock_names(stage: str) -> None:
+    start, built = stages()[f"build-{stage}"]
+    lock = f"deploy/requirements/{stage}.txt"
+    assert start == "build"
+    assert f"COPY {lock} {lock}" in built
+    (run,) = (line for line in built if line.startswith("RUN "))
+    assert run.endswith(f" deploy/install.sh {lock}")
+    copies = [line for line in lineage(stage) if line.startswith("COPY ")]
+    assert copies == [f"COPY --from=build-{stage} /opt/metaserve /opt/metaserve"]
+
+
+def test_whatever_is_installed_has_a_hash() -> None:
+    script = (ROOT / "deploy/install.sh").read_text("utf-8")
+    installs = [
+        command
+        for text in (script, *(line for one in stages().values() for line in one[1]))
+        for command in re.split(r"\n|&&|;", text)
+        if re.search(r"\bpip\b.*\binstall\b", command)
+    ]
+    from_locks = [one for one in installs if "--no-index /wheel/" not in one]
+    assert (len(installs), len(from_locks)) == (3, 2)  # what builds, what is served, our wheel
+    for one in from_locks:
+        assert "--require-hashes" in one
+        assert "--no-deps" in one
+
+
+@pytest.mark.parametrize("stage", ["cpu", "gpu"])
+def test_an_image_that_serves_is_reachable_from_outside_of_it(stage: str) -> None:
+    variables = [line for line in lineage(stage) if line.startswith("ENV ")]
+    assert re.findall(r"METASERVE_HOST=(\S+)", " ".join(variables)) == ["0.0.0.0"]
+
+
+def test_an_image_says_what_it_is() -> None:
+    labels = dict(re.findall(r'org\.opencontainers\.image\.(\w+)="(.*?)"', last("cpu", "LABEL")))
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert labels.pop("description")
+    assert labels == {
+        "title": "metaserve",
+        "version": "${VERSION}",
+        "revision": "${REVISION}",
+        "licenses": "Apache-2.0",
+    }
+    assert f'license = "{labels["licenses"]}"' in project
 
 
 def test_the_version_label_is_the_packages() -> None:

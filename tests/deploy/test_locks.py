@@ -14,6 +14,8 @@ LOCKS = ROOT / "deploy/requirements"
 IMAGES = ("cpu", "gpu", "export")
 # ONNX Runtime's GPU build has releases of its own, and libraries that only a GPU needs no test has.
 UNTESTED = re.compile(r"nvidia-.*|cuda-.*|onnxruntime-gpu|triton|setuptools|pip|wheel")
+# A comment, a pin, a hash of it.
+LINE = re.compile(r"(#.*)?|[\w.-]+==[\w.+!]+( ; [^\\]+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?")
 
 
 def read_lock(name: str) -> dict[str, tuple[str, list[str]]]:
@@ -44,6 +46,13 @@ def test_every_package_of_an_image_has_a_version_and_hashes(name: str) -> None:
         assert version, package
         assert hashes, package
         assert all(one.strip().startswith("sha256:") for one in hashes), package
+
+
+@pytest.mark.parametrize("name", [*IMAGES, "build"])
+def test_a_lock_has_pins_hashes_and_comments_alone(name: str) -> None:
+    # pip reads options from it too: an index of somebody's, a host that need not prove itself.
+    for line in (LOCKS / f"{name}.txt").read_text("utf-8").splitlines():
+        assert LINE.fullmatch(line), line
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from app.metrics import Metrics
-from tests.k8s.rendered import ROOT, Object, objects, of_kind, selected, workloads
+from tests.k8s.fields import FIELDS, unknown
+from tests.k8s.rendered import OVERLAYS, ROOT, Object, objects, of_kind, selected, workloads
 
 WAIT = "metaserve_queue_wait_estimate_seconds"
 API_VERSIONS = {
@@ -26,9 +27,25 @@ def only(overlay: str, kind: str) -> Object:
     return found
 
 
+def adapter() -> Object:
+    """Return the values for prometheus-adapter's chart."""
+    path = ROOT / "k8s/overlays/autoscale/prometheus-adapter.yaml"
+    values: Object = yaml.safe_load(path.read_text())
+    return values
+
+
 @pytest.mark.parametrize("overlay", ["base", "cpu", "gpu", "triton", "export"])
 def test_no_operator_is_needed(overlay: str) -> None:
     assert not {one["kind"] for one in objects(overlay)} & API_VERSIONS.keys()
+
+
+@pytest.mark.parametrize("kind", API_VERSIONS)
+def test_every_field_is_one_that_its_kind_has(kind: str) -> None:
+    found = [one for overlay in OVERLAYS for one in of_kind(overlay, kind)]
+    assert found
+    for one in found:
+        assert not list(unknown(kind, one))
+    assert FIELDS.keys() == API_VERSIONS.keys()
 
 
 @pytest.mark.parametrize("overlay", MONITORED)
@@ -39,8 +56,8 @@ def test_prometheus_finds_the_metrics_under_the_name_that_alerts_have(overlay: s
     assert wanted.items() <= service["metadata"]["labels"].items()
     assert monitor["spec"]["namespaceSelector"]["matchNames"] == [service["metadata"]["namespace"]]
     (endpoint,) = monitor["spec"]["endpoints"]
-    assert endpoint["port"] in {one["name"] for one in service["spec"]["ports"]}
-    assert endpoint["path"] == "/metrics"
+    assert "metrics" in {one["name"] for one in service["spec"]["ports"]}
+    assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
     # Without a jobLabel the job is named after the Service.
     assert service["metadata"]["name"] == "metaserve"
     assert "jobLabel" not in monitor["spec"]
@@ -62,8 +79,7 @@ def test_the_autoscaler_asks_for_a_metric_we_have() -> None:
 
 
 def test_the_adapter_serves_the_metric_that_the_autoscaler_asks_for() -> None:
-    values = yaml.safe_load((ROOT / "k8s/overlays/autoscale/prometheus-adapter.yaml").read_text())
-    (rule,) = values["rules"]["custom"]
+    (rule,) = adapter()["rules"]["custom"]
     assert rule["seriesQuery"].startswith(f"{WAIT}{{")
     assert rule["name"]["as"] == WAIT
     assert {one["resource"] for one in rule["resources"]["overrides"].values()} == {
@@ -72,6 +88,8 @@ def test_the_adapter_serves_the_metric_that_the_autoscaler_asks_for() -> None:
     }
     for part in ("<<.Series>>", "<<.LabelMatchers>>", "<<.GroupBy>>"):
         assert part in rule["metricsQuery"]
+    # Of several series of one pod the mean; that over the pods is the autoscaler's.
+    assert rule["metricsQuery"].startswith("avg by (<<.GroupBy>>) (")
 
 
 def test_keda_asks_for_a_metric_we_have() -> None:
@@ -82,6 +100,8 @@ def test_keda_asks_for_a_metric_we_have() -> None:
     assert (cpu["type"], cpu["metricType"]) == ("cpu", "Utilization")
     assert cpu["metadata"]["containerName"] in {one["name"] for one in workload.containers}
     assert (wait["type"], wait["metricType"]) == ("prometheus", "AverageValue")
+    # KEDA divides by the number of replicas, so a mean would be divided twice.
+    assert wait["metadata"]["query"].startswith("sum(")
     metric, labels = re.findall(r"(metaserve_\w+)\{(.*?)\}", wait["metadata"]["query"])[0]
     namespace, job = service["metadata"]["namespace"], service["metadata"]["name"]
     assert metric == WAIT
@@ -89,6 +109,14 @@ def test_keda_asks_for_a_metric_we_have() -> None:
     # What a trigger is told is text.
     for trigger in (cpu, wait):
         assert all(isinstance(value, str) for value in trigger["metadata"].values())
+
+
+def test_both_autoscalers_ask_the_prometheus_that_may_scrape() -> None:
+    asked = only("keda", "ScaledObject")["spec"]["triggers"][1]["metadata"]["serverAddress"]
+    prometheus = adapter()["prometheus"]
+    assert asked == f"{prometheus['url']}:{prometheus['port']}"
+    # The operator's Service, in the namespace that test_wiring.py lets in.
+    assert asked == "http://prometheus-operated.monitoring.svc:9090"
 
 
 def test_both_autoscalers_do_the_same() -> None:

@@ -29,6 +29,8 @@ def test_podman_plays_the_base() -> None:
     (container,) = theirs["spec"]["template"]["spec"]["containers"]
     assert container["image"].startswith("localhost/metaserve:")
     assert container["imagePullPolicy"] == "Never"
+    # Without a path the probe asks /readyz: who is not ready would be started again.
+    assert container["livenessProbe"]["exec"]["command"] == ["python", "-m", "app.probe", "/livez"]
     assert {one["containerPort"]: one["hostPort"] for one in container["ports"]} == {
         8000: 28080,
         9000: 29090,

@@ -19,6 +19,11 @@ from tests.k8s.environment import memory_bytes
 from tests.k8s.rendered import OVERLAYS, Object, Workload, workloads
 
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+# An image's name -> the paths of its probes, in that order.
+PROBED = {
+    "metaserve": ("/startupz", "/readyz", "/livez"),
+    "tritonserver": ("/v2/health/live", "/v2/health/ready", "/v2/health/live"),
+}
 
 CONTAINERS: dict[str, Callable[[Object], object]] = {
     # kube-linter unset-cpu-requirements, unset-memory-requirements; kube-score container-resources,
@@ -91,8 +96,8 @@ SERVING: dict[str, Callable[[Object], object]] = {
     # kube-score pod-probes; Polaris readinessProbeMissing, livenessProbeMissing; C-0018, C-0056
     "has the three probes": lambda one: all(probe in one for probe in PROBES),
     # kube-score pod-probes-identical
-    "has a liveness probe unlike the readiness probe": lambda one: (
-        one["readinessProbe"]["httpGet"]["path"] != one["livenessProbe"]["httpGet"]["path"]
+    "is asked by each probe what that probe is for": lambda one: (
+        tuple(one[probe]["httpGet"]["path"] for probe in PROBES) == PROBED[image_name(one)]
     ),
     "gives liveness longer to answer than readiness": lambda one: (
         one["livenessProbe"]["timeoutSeconds"] > one["readinessProbe"]["timeoutSeconds"]
@@ -101,8 +106,9 @@ SERVING: dict[str, Callable[[Object], object]] = {
         one["startupProbe"]["periodSeconds"] * one["startupProbe"]["failureThreshold"] >= 300
     ),
     # kube-linter liveness-port, readiness-port, startup-port
-    "is probed at ports it has": lambda one: all(
-        one[probe]["httpGet"]["port"] in {port["name"] for port in one["ports"]} for probe in PROBES
+    "is probed at the port of its callers": lambda one: (
+        "http" in {port["name"] for port in one["ports"]}
+        and all(one[probe]["httpGet"]["port"] == "http" for probe in PROBES)
     ),
     "has somewhere to write": lambda one: any(
         mount["mountPath"] == "/tmp" for mount in one["volumeMounts"]
@@ -240,6 +246,11 @@ def test_processes_beside_a_gpu_have_shared_memory(overlay: str) -> None:
         (volume,) = (one for one in workload.pod["volumes"] if one["name"] == mount["name"])
         assert volume["emptyDir"]["medium"] == "Memory"
         assert any(one["key"] == "nvidia.com/gpu" for one in workload.pod["tolerations"])
+
+
+def image_name(container: Object) -> str:
+    """Return an image's name, without its registry and tag."""
+    return str(container["image"]).rpartition("/")[2].partition(":")[0]
 
 
 def _has_gpu(workload: Workload) -> bool:

@@ -5,15 +5,28 @@ The comments name the checks of linters, as in test_pods.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.k8s.environment import environment, servers
-from tests.k8s.rendered import OVERLAYS, Object, Workload, objects, of_kind, selected, workloads
+from tests.k8s.rendered import (
+    OVERLAYS,
+    ROOT,
+    Object,
+    Workload,
+    objects,
+    of_kind,
+    selected,
+    workloads,
+)
 
 DEFAULT_DENY = "default-deny"
+# Read-only in the volume too: a container that forgot to say so cannot write either.
+CLAIM = {"persistentVolumeClaim": {"claimName": "metaserve-models", "readOnly": True}}
 everywhere = pytest.mark.parametrize("overlay", OVERLAYS)
 
 
@@ -80,6 +93,21 @@ def test_claims_are_there(overlay: str) -> None:
         if "persistentVolumeClaim" in volume
     }
     assert used == claims
+
+
+@pytest.mark.parametrize(
+    ("overlay", "source"),
+    [
+        ("volume", CLAIM),
+        ("gpu", CLAIM),
+        ("triton", CLAIM),
+        ("image", {"image": {"reference": "metaserve-models:0.1.0", "pullPolicy": "Always"}}),
+    ],
+)
+def test_packages_come_from_where_the_overlay_says(overlay: str, source: Object) -> None:
+    for workload in workloads(overlay):
+        (volume,) = (one for one in workload.pod["volumes"] if one["name"] == "models")
+        assert volume == {"name": "models"} | source, workload.name
 
 
 @everywhere
@@ -251,6 +279,30 @@ def test_triton_serves_the_repository_that_the_export_writes() -> None:
     (container,) = _deployment("triton", "metaserve-triton").pod["containers"]
     assert "--out=/models/triton" in job.pod["initContainers"][0]["args"]
     assert "--model-repository=/models/triton" in container["args"]
+
+
+def test_the_service_asks_triton_for_the_model_whose_package_it_reads() -> None:
+    (job,) = workloads("export-triton")
+    (name,) = re.findall(r"--name=(\S+)", " ".join(job.pod["initContainers"][0]["args"]))
+    (container,) = servers(_deployment("triton", "metaserve"))
+    given = environment("triton", container)
+    # The service takes the package's name where it is told none.
+    asked = given.get("METASERVE_TRITON_MODEL", name)
+    assert given["METASERVE_MODEL"] == f"/models/triton/{asked}/1"
+
+
+def test_triton_may_stop_longer_than_it_waits_for_what_it_runs() -> None:
+    triton = _deployment("triton", "metaserve-triton")
+    (container,) = triton.pod["containers"]
+    (waits,) = re.findall(r"--exit-timeout-secs=(\d+)", " ".join(container["args"]))
+    assert triton.pod["terminationGracePeriodSeconds"] > int(waits)
+
+
+def test_triton_is_one_release_everywhere() -> None:
+    (container,) = _deployment("triton", "metaserve-triton").pod["containers"]
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    image = compose["services"]["triton"]["image"]
+    assert re.sub(r"\$\{TRITON_VERSION:-(.+?)\}", r"\1", image) == container["image"]
 
 
 @pytest.mark.parametrize(
