@@ -167,3 +167,30 @@ def test_the_image_is_named_alike_everywhere() -> None:
     for place, found in named.items():
         assert found, place
         assert set(found) <= ours, place
+
+
+def test_every_setting_can_be_given_but_those_that_the_file_itself_decides() -> None:
+    decided = {"backend", "device", "host", "port", "model_store", "triton_url"}
+    # Of one backend, or with a file or a port to mount: an override file has room for them.
+    left_out = {
+        "api_keys_file",
+        "cuda_graphs",
+        "fake_batch_ms",
+        "metrics_port",
+        "ort_cache_dir",
+        "ort_provider",
+        "torch_compile",
+        "torch_precision",
+        "triton_model",
+        "triton_wait_s",
+    }
+    given = {name.removeprefix(PREFIX).lower() for name in FILE["x-settings"]}
+    assert given == set(Settings.model_fields) - decided - left_out
+
+
+def test_a_limit_of_memory_has_room_for_what_its_threads_decode() -> None:
+    for name in "metaserve", "metaserve-triton":
+        memory = DEFAULT.sub(lambda match: match[2], SERVICES[name]["mem_limit"])
+        cpus = float(DEFAULT.sub(lambda match: match[2], str(SERVICES[name]["cpus"])))
+        image_gb = 4e-9 * settings_of(name).max_pixels  # Pillow holds four bytes a pixel
+        assert float(memory.removesuffix("g")) > cpus * image_gb + 0.2

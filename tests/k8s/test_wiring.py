@@ -101,7 +101,10 @@ def test_claims_are_there(overlay: str) -> None:
         ("volume", CLAIM),
         ("gpu", CLAIM),
         ("triton", CLAIM),
-        ("image", {"image": {"reference": "metaserve-models:0.1.0", "pullPolicy": "Always"}}),
+        (
+            "image",
+            {"image": {"reference": "registry.example.com/models:7", "pullPolicy": "Always"}},
+        ),
     ],
 )
 def test_packages_come_from_where_the_overlay_says(overlay: str, source: Object) -> None:
