@@ -36,6 +36,9 @@ ROW_INCHES = 0.36
 WIDTH_INCHES = 16.0
 DPI = 90
 POINTS = 240
+LABEL_INCHES = 0.7
+"""What a label of the time takes, with the gap beside it."""
+STEPS = tuple(60 * minutes for minutes in (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200))
 COLOURS = 64
 """Of the picture's palette: lines and letters need no more."""
 
@@ -177,7 +180,7 @@ def _draw_panel(
     if is_number:
         _draw_number(axes, defaults, lines)
     else:
-        _draw_lines(axes, defaults, lines, times, columns=max(int(width / 1.7), 1))
+        _draw_lines(axes, defaults, lines, times, width)
 
 
 def _draw_number(axes: Axes, defaults: dict[str, Any], lines: list[Line]) -> None:
@@ -198,7 +201,7 @@ def _draw_lines(
     defaults: dict[str, Any],
     lines: list[Line],
     times: tuple[float, float],
-    columns: int,
+    width: float,
 ) -> None:
     if defaults["custom"].get("stacking"):
         _draw_stacked(axes, lines)
@@ -206,7 +209,6 @@ def _draw_lines(
         for line in lines:
             axes.plot(*zip(*line.points, strict=True), label=line.legend, linewidth=1.2)
     begin, end = times
-    axes.set_xlim(begin, end)
     highest = max((value for line in lines for value in line.values), default=0.0)
     axes.set_ylim(0, None if highest else 1)
     if not highest:
@@ -215,16 +217,13 @@ def _draw_lines(
         axes.yaxis.set_major_locator(MultipleLocator(2 ** math.floor(math.log2(highest / 3))))
     write = in_words(defaults["unit"])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    axes.xaxis.set_major_locator(MultipleLocator(60 if end - begin <= 600 else 300, begin))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{(value - begin) / 60:.0f} min")
-    )
+    label_times(axes, begin, end, width)
     axes.grid(alpha=0.3)
     if lines:
         axes.legend(
             loc="upper left",
             bbox_to_anchor=(-0.02, -0.1),
-            ncols=columns,
+            ncols=max(int(width / 1.7), 1),
             fontsize=7.5,
             frameon=False,
             borderaxespad=0.3,
@@ -232,6 +231,24 @@ def _draw_lines(
         )
     else:
         axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
+
+
+def label_times(axes: Axes, begin: float, end: float, width: float) -> None:
+    """Label the axis of time in minutes, as closely as the labels have room.
+
+    Args:
+        axes: those of a panel.
+        begin: where the axis begins, in seconds; labelled 0.
+        end: where it ends, in seconds.
+        width: of the axes, in inches.
+    """
+    shortest = (end - begin) * LABEL_INCHES / width
+    step = next((step for step in STEPS if step >= shortest), shortest)
+    axes.set_xlim(begin, end)
+    axes.xaxis.set_major_locator(MultipleLocator(step, begin))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{(value - begin) / 60:.0f} min")
+    )
 
 
 def _draw_stacked(axes: Axes, lines: list[Line]) -> None:

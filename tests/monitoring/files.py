@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
 GRAFANA = ROOT / "deploy/grafana"
 
+_CHOICE = re.compile(r"label_values\((?P<series>\w+(?:\{[^{}]*\})?), (?P<label>[a-z_]+)\)")
 _COMPARED = re.compile(r"\s*(>=|<=|>|<|==|!=)\s*(scalar\([^)]*\)|[0-9.]+)")
 
 
@@ -45,6 +46,17 @@ def panel_expressions() -> Iterator[tuple[str, str]]:
     for panel in dashboard()["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
+
+
+def choices() -> dict[str, tuple[str, str]]:
+    """Return variable of the dashboard -> the series and the label that its values are of."""
+    found = {}
+    for variable in dashboard()["templating"]["list"]:
+        query = variable["query"]["query"]
+        choice = _CHOICE.fullmatch(query)
+        assert choice is not None, f"Grafana cannot read {query}"
+        found[variable["name"]] = (choice["series"], choice["label"])
+    return found
 
 
 def measured_parts(expression: str) -> list[str]:

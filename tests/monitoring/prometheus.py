@@ -44,6 +44,13 @@ class Prometheus:
         result = reply.json()["data"]["result"]
         return [(one["metric"], float(one["value"][1])) for one in result]
 
+    def label_values(self, series: str, label: str) -> list[str]:
+        """Return the values that a label has among the series that a selector matches."""
+        reply = self.client.get(f"/api/v1/label/{label}/values", params={"match[]": series})
+        assert reply.status_code == 200, f"{series}: {reply.text}"
+        values: list[str] = reply.json()["data"]
+        return values
+
     def rules(self) -> list[dict[str, Any]]:
         """Return every rule with its health."""
         groups = self.client.get("/api/v1/rules").json()["data"]["groups"]

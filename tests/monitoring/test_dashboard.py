@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from benchmarks.dashboard import COLUMNS, filled_in, in_words
-from tests.monitoring.files import GRAFANA, dashboard, panel_expressions, read_yaml
+from benchmarks.dashboard import COLUMNS, DPI, filled_in, in_words, label_times
+from tests.monitoring.files import GRAFANA, choices, dashboard, panel_expressions, read_yaml
 
 PANELS: list[dict[str, Any]] = dashboard()["panels"]
+
+# Of Grafana's own, those that show numbers; another name shows "panel plugin not found".
+PANEL_TYPES = {"bargauge", "gauge", "heatmap", "histogram", "stat", "table", "timeseries"}
 
 # What has to be seen -> a series that shows it, and the panel where.
 SUBJECTS = {
@@ -81,7 +85,33 @@ def test_variables_read_from_the_provisioned_source() -> None:
     variables = dashboard()["templating"]["list"]
 
     assert [one["name"] for one in variables] == ["job", "instance"]
+    assert {one["type"] for one in variables} == {"query"}
     assert {one["datasource"]["uid"] for one in variables} == {source["uid"]}
+
+
+def test_a_variable_holds_the_label_of_its_name() -> None:
+    labels = {name: label for name, (_, label) in choices().items()}
+
+    assert labels == {"job": "job", "instance": "instance"}
+    for variable in dashboard()["templating"]["list"]:
+        assert variable["definition"] == variable["query"]["query"]
+
+
+def test_grafana_knows_the_types_of_the_panels_and_the_schema() -> None:
+    found = dashboard()
+
+    assert {panel["type"] for panel in PANELS} <= PANEL_TYPES
+    assert isinstance(found["schemaVersion"], int)
+    assert found["schemaVersion"] > 0
+    assert found["uid"]
+    assert found["title"]
+
+
+def test_the_provider_reads_files() -> None:
+    (provider,) = read_yaml(GRAFANA / "provisioning/dashboards/metaserve.yml")["providers"]
+
+    assert provider["type"] == "file"
+    assert provider["options"]["path"].startswith("/")
 
 
 def test_every_expression_is_of_the_chosen_instances() -> None:
@@ -92,3 +122,22 @@ def test_every_expression_is_of_the_chosen_instances() -> None:
         chosen = expression.count('job=~"$job", instance=~"$instance"')
         assert braces == chosen >= 1, f"{title}: {expression}"
         assert "$" not in filled_in(expression, "1m")
+
+
+@pytest.mark.parametrize("minutes", [1, 5, 10, 11, 30, 60, 360, 1440])
+@pytest.mark.parametrize("width", [1.7, 4.4, 7.0])
+def test_labels_of_the_time_do_not_overlap(width: float, minutes: float) -> None:
+    figure = Figure(figsize=(width + 2, 2), dpi=DPI)
+    axes = figure.add_axes((1 / (width + 2), 0.3, width / (width + 2), 0.6))
+
+    label_times(axes, 3.0, 3.0 + 60 * minutes, width)
+
+    figure.draw_without_rendering()
+    boxes = [
+        label.get_window_extent()
+        for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if 3.0 <= at <= 3.0 + 60 * minutes
+    ]
+    assert len(boxes) >= 2, "one alone says nothing of the scale"
+    gaps = [right.x0 - left.x1 for left, right in pairwise(boxes)]
+    assert min(gaps) > 0.05 * DPI

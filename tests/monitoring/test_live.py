@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.dashboard import Span, draw, filled_in
 from tests.http.wire import grey, parts
-from tests.monitoring.files import alerts, measured_parts, panel_expressions, rules
+from tests.monitoring.files import alerts, choices, measured_parts, panel_expressions, rules
 from tests.monitoring.prometheus import Prometheus, running_prometheus
 from tests.servers import WAIT_SECONDS, service_process, wait_until
 
@@ -39,6 +39,7 @@ class Place:
     """Two services, of one process and of several, and who watches them."""
 
     prometheus: Prometheus
+    targets: list[str]
     began_at: float
 
 
@@ -59,7 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         folder = tmp_path_factory.mktemp("prometheus")
         prometheus = stack.enter_context(running_prometheus(folder, targets))
         stack.enter_context(callers(one.url, two.url))
-        yield Place(prometheus, began_at)
+        yield Place(prometheus, targets, began_at)
 
 
 @contextmanager
@@ -124,6 +125,16 @@ def test_every_panel_has_something_to_show(place: Place) -> None:
     }
 
     wait_for_values(place.prometheus, expressions)
+
+
+def test_every_variable_has_something_to_choose(place: Place) -> None:
+    wait_for_values(place.prometheus, {"both are scraped": "count(metaserve_ready) == 2"})
+
+    values = {
+        name: place.prometheus.label_values(filled_in(series, RATE_INTERVAL), label)
+        for name, (series, label) in choices().items()
+    }
+    assert values == {"job": ["metaserve"], "instance": sorted(place.targets)}
 
 
 def test_every_alert_has_something_to_look_at(place: Place) -> None:

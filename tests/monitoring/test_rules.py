@@ -63,6 +63,11 @@ def test_promtool_finds_nothing_wrong(arguments: tuple[str, ...]) -> None:
     assert "SUCCESS" in done.stdout
 
 
+def test_prometheus_loads_the_rules_and_nothing_else() -> None:
+    assert read_yaml(PROMETHEUS / "prometheus.yml")["rule_files"] == ["alerts.yml"]
+    assert read_yaml(PROMETHEUS / "alerts_test.yml")["rule_files"] == ["alerts.yml"]
+
+
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_every_alert_has_cases_for_and_against_it(name: str) -> None:
     cases = [
