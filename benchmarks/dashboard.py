@@ -39,6 +39,7 @@ POINTS = 240
 LABEL_INCHES = 0.7
 """What a label of the time takes, with the gap beside it."""
 STEPS = tuple(60 * minutes for minutes in (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200))
+"""Seconds from one label to the next, as people count time."""
 COLOURS = 64
 """Of the picture's palette: lines and letters need no more."""
 
